@@ -1,0 +1,16 @@
+"""Deterministic mode for every test: uninitialised memory is NaN, so that a forgotten write shows."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+torch.use_deterministic_algorithms(True)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
