@@ -35,9 +35,9 @@ docs: $(VENV)/.installed ## the documentation site, in site/
 
 build: $(VENV)/.built ## the virtual environment and the C++ (and, with nvcc, CUDA) extension
 
+# torch first and alone, so that its pinned build is the one every other package sees
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	# torch first and alone, so that its pinned build is the one every other package sees
 	$(BIN)/pip install -q -c constraints.txt torch
 	$(BIN)/pip install -q -c constraints.txt setuptools wheel ninja
 	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e ".[all]"
