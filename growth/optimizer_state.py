@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .apply import grow_tensor
@@ -19,8 +20,9 @@ def grow_optimizer(
 ) -> dict[str, dict[str, Any]]:
     """Return the optimizer state of the grown model, keyed by parameter name.
 
-    Moments of a weight that the plan sets to zero are zero; step counts are kept. A parameter
-    whose old parameter has no state (frozen, or never used) has none either.
+    A weight that the plan sets to zero starts anew: zero moments at step 0, so that Adam corrects
+    their bias; every other step count is kept. A parameter whose old parameter has no state
+    (frozen, or never used) has none either.
 
     Precision: as `grow_tensor`; the result shares no storage with `state`.
 
@@ -48,7 +50,8 @@ def grow_optimizer(
 def _grow_one(source: TensorSource, state: Mapping[str, Mapping[str, Any]], kind: str) -> Any:
     first = state[source.terms[0][0]][kind]
     if kind == "step":
-        return first.clone() if isinstance(first, Tensor) else first
+        count = 0 if source.zero else int(first)
+        return torch.full_like(first, count) if isinstance(first, Tensor) else count
     if kind not in _POWERS:
         raise ValueError(
             f"optimizer state {kind!r} cannot be grown; known: step, {', '.join(_POWERS)}"
