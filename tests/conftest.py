@@ -1,4 +1,4 @@
-"""Deterministic mode for every test: uninitialised memory is NaN, so that a forgotten write shows."""
+"""Deterministic mode for every test: uninitialised memory is NaN, so a forgotten write shows."""
 
 import os
 

@@ -19,6 +19,6 @@ def bind_shapes(**named: tuple[Tensor, str]) -> dict[str, int]:
         for letter, size in zip(letters, tensor.shape, strict=True):
             if sizes.setdefault(letter, size) != size:
                 raise ValueError(
-                    f"{name} has {letter}={size}, but an earlier argument has {letter}={sizes[letter]}"
+                    f"{name} has {letter}={size}, an earlier argument has {letter}={sizes[letter]}"
                 )
     return sizes

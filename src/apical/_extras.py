@@ -1,4 +1,4 @@
-"""Optional packages: imported where they are used, and missed with one line that says what to do."""
+"""Optional packages: imported where they are used, missed with one line that says what to do."""
 
 import importlib
 from types import ModuleType
