@@ -6,7 +6,8 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
-from importlib.metadata import version
+
+from . import __version__
 
 # what transformers and datasets print by themselves says nothing to the user of a command
 _QUIET = {
@@ -15,6 +16,8 @@ _QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
 }
+# waiting threads sleep: spinning ones make a busy machine several times slower for all
+_THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
 _EXTRAS = {"train": "apical[train]", "grow": "apical[hf]", "bench": "apical[bench]"}
 
 
@@ -29,10 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     if arguments == ["--version"]:
-        print(f"apical {version('apical')}")
+        print(f"apical {__version__}")
         return 0
     debug = "--debug" in arguments
-    _silence(debug=debug)
+    _set_up(debug=debug)
     try:
         # here, because tyro may be missing
         from .commands import run
@@ -50,8 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _silence(*, debug: bool) -> None:
-    for name, value in _QUIET.items():
+def _set_up(*, debug: bool) -> None:
+    for name, value in (_QUIET | _THREADS).items():
         os.environ.setdefault(name, value)
     if not debug and not sys.warnoptions:
         warnings.simplefilter("ignore")
