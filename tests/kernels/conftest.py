@@ -1,6 +1,6 @@
 """What every kernel is held against: float64, and the error that plain PyTorch makes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -29,3 +29,12 @@ def _check(actual: Tensor, exact: Tensor, plain: Tensor, what: str) -> None:
 def check_error() -> Callable[[Tensor, Tensor, Tensor, str], None]:
     """``check_error(actual, exact, plain, what)``: error <= 2 x plain PyTorch's + one rounding."""
     return _check
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One thread for small shapes: on busy cores, threads that wait for each other take minutes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
