@@ -1,0 +1,130 @@
+"""Builds the model of a stage, and gives it the kernels that its recipe asks for."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from torch.optim import AdamW
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+import apical
+
+from ..optimizer_state import grow_optimizer
+from ..plan import GrowthPlan
+from .optimizer import Moments, build_optimizer, moments, set_moments
+
+if TYPE_CHECKING:
+    from .outline import StagePlan
+
+
+def first_model(
+    plan: "StagePlan", previous: tuple[PreTrainedModel, AdamW] | None, *, device: torch.device
+) -> tuple[PreTrainedModel, AdamW, str]:
+    """Return a stage's model and optimizer before its first step, and a text on how they were made.
+
+    Args:
+        previous: model and optimizer that the stage before ended with.
+        device: where a model that is not the previous one goes.
+    """
+    source, operator = plan.spec.model, plan.spec.model.operator()
+    base = previous[0] if previous and source.from_ == "previous" else _load(plan, device)
+    model = apical.grow(base, operator) if operator else base
+    growth = operator.plan(base.config.to_dict()) if operator else None
+    optimizer = _optimizer(model, plan)
+    if previous and source.optimizer == "keep":
+        set_moments(model, optimizer, _grown_moments(previous, model, growth))
+    _set_kernels(model, plan)
+    lines = [f"{type(model).__name__} from {source.from_}, moments: {source.optimizer}"]
+    return (
+        model,
+        optimizer,
+        "\n".join([*lines, *([str(growth)] if growth else []), apical.explain(model)]),
+    )
+
+
+def empty_model(
+    plan: "StagePlan", generation: dict[str, Any], *, device: torch.device
+) -> tuple[PreTrainedModel, AdamW]:
+    """Return a stage's model and optimizer for a checkpoint to be read into.
+
+    Args:
+        generation: the model's generation config.
+    """
+    model = AutoModelForCausalLM.from_config(plan.config, dtype=torch.float32).to(device)
+    model.generation_config = GenerationConfig.from_dict(generation)
+    optimizer = _optimizer(model, plan)
+    _set_kernels(model, plan)
+    return model, optimizer
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """Write a plain transformers directory, under another name until it is whole.
+
+    Raises:
+        OSError: the disk is full or not writable.
+    """
+    unfinished = path.with_name(f"{path.name}.tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    apical.use_kernels(model, attention=False, loss=False)
+    try:
+        with _without_bars():
+            model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        unfinished.rename(path)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise OSError(f"cannot write the model {path}: {error}; --resume tries again") from error
+
+
+def _load(plan: "StagePlan", device: torch.device) -> PreTrainedModel:
+    source = plan.spec.model.from_
+    if source == "scratch":
+        return AutoModelForCausalLM.from_config(plan.base, dtype=torch.float32).to(device)
+    with _without_bars():
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    return model.to(device).train()
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep transformers' progress bars out of ours."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _grown_moments(
+    previous: tuple[PreTrainedModel, AdamW], model: PreTrainedModel, growth: GrowthPlan | None
+) -> Moments:
+    if growth is None:
+        return moments(*previous)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    return grow_optimizer(growth, moments(*previous), shapes)
+
+
+def _optimizer(model: PreTrainedModel, plan: "StagePlan") -> AdamW:
+    return build_optimizer(model, plan.spec.optimizer, peak=plan.spec.schedule.peak)
+
+
+def _set_kernels(model: PreTrainedModel, plan: "StagePlan") -> None:
+    on, z_loss = plan.spec.kernels, plan.spec.objective.z_loss
+    apical.use_kernels(model, attention=on, loss=on, z_loss=z_loss)
+    if z_loss and "_apical_loss" not in vars(model):
+        raise ValueError(
+            f"stages[{plan.index}].objective.z_loss is {z_loss}, which needs `kernels: true` and a "
+            "model whose loss apical can compute; set it to 0"
+        )
