@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .._common.autocast import outside_autocast
+
 # tokens with weight 0 are left out: nll and lse 0, no gradient, and nothing of them is read.
 # gradients are float32, of shape (0,) where not asked for.
 torch.library.define(
@@ -30,6 +32,7 @@ def check_labels(target: Tensor, valid: Tensor, vocabulary: int) -> None:
         )
 
 
+@outside_autocast
 def _forward(
     input: Tensor,  # noqa: A002
     linear_weight: Tensor,
@@ -47,6 +50,7 @@ def _forward(
     )
 
 
+@outside_autocast
 def _backward(
     token_weight: Tensor,
     input: Tensor,  # noqa: A002

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .._common.autocast import outside_autocast
+
 torch.library.define(
     "apical::varlen_attention_forward",
     "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor? cu_seqlens_k, bool causal,"
@@ -20,6 +22,7 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+@outside_autocast
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -34,6 +37,7 @@ def _forward(
     return split.forward(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, scale)
 
 
+@outside_autocast
 def _backward(
     grad_out: Tensor,
     q: Tensor,

@@ -156,6 +156,19 @@ def test_bad_input_is_named_in_one_line(case, impl):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("causal", [False, True])  # torch's kernel, and dense blocks
+def test_autocast_changes_nothing_inside(causal):
+    bounds = (boundaries(2, 5), boundaries(5, 6))
+    leaves = [torch.randn(n, 2, 8, requires_grad=True) for n in (5, 6, 6)]
+    expected = varlen_attention(*leaves, *bounds, causal=causal)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = varlen_attention(*leaves, *bounds, causal=causal)
+        grads = torch.autograd.grad(got.sum(), leaves)
+    assert torch.equal(got, expected)
+    for grad, want in zip(grads, torch.autograd.grad(expected.sum(), leaves), strict=True):
+        assert torch.equal(grad, want)
+
+
 def test_unknown_implementation_is_refused():
     with pytest.raises(ValueError, match=r"impl must be 'fused' or 'reference', got 'fast'"):
         varlen_attention(Q, K, K, CU, impl="fast")

@@ -79,19 +79,17 @@ def attend(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     batch, _, length, _ = query.shape
     query, key, value = _autocast(query, key, value)
-    # autocast would round the sums inside the kernel as well
-    with torch.autocast(query.device.type, enabled=False):
-        packed = varlen_attention(
-            _pack(query, layout.tokens_q, length),
-            _pack(key, layout.tokens_k, layout.key_length),
-            _pack(value, layout.tokens_k, layout.key_length),
-            layout.cu_seqlens_q,
-            layout.cu_seqlens_k,
-            layout.max_seqlen_q,
-            layout.max_seqlen_k,
-            causal=bool(causal),
-            softmax_scale=scaling,
-        )  # (T, H, D)
+    packed = varlen_attention(
+        _pack(query, layout.tokens_q, length),
+        _pack(key, layout.tokens_k, layout.key_length),
+        _pack(value, layout.tokens_k, layout.key_length),
+        layout.cu_seqlens_q,
+        layout.cu_seqlens_k,
+        layout.max_seqlen_q,
+        layout.max_seqlen_k,
+        causal=bool(causal),
+        softmax_scale=scaling,
+    )  # (T, H, D)
     if layout.tokens_q is not None:
         rows = packed.new_zeros(batch * length, *packed.shape[1:])
         packed = rows.index_copy(0, layout.tokens_q, packed)

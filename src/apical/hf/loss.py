@@ -86,18 +86,16 @@ class FusedLoss:
     ) -> Tensor:
         if self.stock is ForCausalLMLoss:
             labels = _next_tokens(labels, ignore_index) if shift_labels is None else shift_labels
-        # autocast would round the sums inside the kernel as well
-        with torch.autocast(hidden.device.type, enabled=False):
-            return linear_cross_entropy(
-                hidden.flatten(0, -2),
-                weight,
-                labels.to(hidden.device).flatten(),
-                ignore_index=ignore_index,
-                z_loss=self.z_loss,
-                num_items=num_items_in_batch,
-                # the fused implementation computes in float32
-                impl="reference" if hidden.dtype == torch.float64 else "fused",
-            ).loss
+        return linear_cross_entropy(
+            hidden.flatten(0, -2),
+            weight,
+            labels.to(hidden.device).flatten(),
+            ignore_index=ignore_index,
+            z_loss=self.z_loss,
+            num_items=num_items_in_batch,
+            # the fused implementation computes in float32
+            impl="reference" if hidden.dtype == torch.float64 else "fused",
+        ).loss
 
     def end(self, model: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
         """Forward hook of the model: return no logits where there are none."""
