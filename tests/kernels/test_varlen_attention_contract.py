@@ -158,11 +158,11 @@ def test_bad_input_is_named_in_one_line(case, impl):
 
 @pytest.mark.parametrize("causal", [False, True])  # torch's kernel, and dense blocks
 def test_autocast_changes_nothing_inside(causal):
-    bounds = (boundaries(2, 5), boundaries(5, 6))
-    leaves = [torch.randn(n, 2, 8, requires_grad=True) for n in (5, 6, 6)]
-    expected = varlen_attention(*leaves, *bounds, causal=causal)
+    cu_q, cu_k = boundaries(2, 5), boundaries(5, 6)
+    q, k, v = leaves = [torch.randn(n, 2, 8, requires_grad=True) for n in (5, 6, 6)]
+    expected = varlen_attention(q, k, v, cu_q, cu_k, causal=causal)
     with torch.autocast("cpu", torch.bfloat16):
-        got = varlen_attention(*leaves, *bounds, causal=causal)
+        got = varlen_attention(q, k, v, cu_q, cu_k, causal=causal)
         grads = torch.autograd.grad(got.sum(), leaves)
     assert torch.equal(got, expected)
     for grad, want in zip(grads, torch.autograd.grad(expected.sum(), leaves), strict=True):
