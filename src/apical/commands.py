@@ -40,7 +40,7 @@ class Train:
         set: change a key of the recipe, as in pretrain.tokens=1e6 or smoke=true
         resume: go on from the last checkpoint of the same run
         output: directory of the run; runs/<name> unless given
-        compare: also train the final model from scratch, to the same loss
+        compare: also train the final model from scratch, with the same FLOPs
     """
 
     recipe: Annotated[Path, arg(metavar="RECIPE")]
