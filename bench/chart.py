@@ -80,13 +80,17 @@ def _bar(axis: Axes, i: int, provider: dict) -> None:
     axis.barh(i, median - 1, left=1, height=0.62, color=_colour(provider), zorder=2)
     if ratio["q3"] > ratio["q1"]:
         axis.plot([ratio["q1"], ratio["q3"]], [i, i], color=_INK, linewidth=1.2, zorder=4)
-    milliseconds = provider["seconds"]["median"] * 1e3
-    words = [f"{median:.2f}×" if median < 10 else f"{median:.0f}×", f"{milliseconds:.3g} ms"]
+    words = [f"{median:.2f}×" if median < 10 else f"{median:.0f}×"]
+    words.append(_time(provider["seconds"]["median"]))
     if provider["peak_bytes"] is not None:
         words.append(f"{provider['peak_bytes'] / 1e6:.0f} MB")
     words += [note(provider).replace("**", "")] if note(provider) else []
     end = max(median, ratio["q3"], 1.0)
     _label(axis, end, i, "  ".join(words), _INK)
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
 
 
 def _label(axis: Axes, end: float, i: int, text: str, colour: str) -> None:
