@@ -14,7 +14,7 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from apical import cli, commands
-from apical.growth.train.tokenizer import train_tokenizer
+from apical.growth.train.data.tokenizer import train_tokenizer
 
 RECIPE = """\
 name: bad

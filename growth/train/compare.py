@@ -6,9 +6,9 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from .recipe import Recipe, Stage
-from .summary import Record, summarise
-from .tables import Table
+from .recipe.schema import Recipe, Stage
+from .results.summary import Record, summarise
+from .results.tables import Table
 
 _EVALUATIONS = 20
 

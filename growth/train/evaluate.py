@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from .batches import on_device, predicted_tokens
-from .packing import PackedBatch
+from .data.batches import on_device, predicted_tokens
+from .data.packing import PackedBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 
 from ..continual import Mixture, token_weights
-from .batches import predicted_tokens
-from .cache import cache_dir
-from .corpora import build_corpus
-from .data import Split, TokenSource, load_source, source_texts
+from .data.batches import predicted_tokens
+from .data.cache import cache_dir
+from .data.corpora import build_corpus
+from .data.packing import BatchStream, eval_batches
+from .data.source import Split, TokenSource, load_source, source_texts
+from .data.tokenizer import load_tokenizer, train_tokenizer
 from .evaluate import HeldOut
-from .packing import BatchStream, eval_batches
-from .recipe import Recipe, Source, Stage
-from .tokenizer import load_tokenizer, train_tokenizer
+from .recipe.schema import Recipe, Source, Stage
 
 
 class Inputs:

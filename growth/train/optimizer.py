@@ -5,8 +5,8 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from ..continual import Infinite, RewarmCosine, Schedule
-from .recipe import Optimizer as OptimizerSpec
-from .recipe import Schedule as ScheduleSpec
+from .recipe.schema import Optimizer as OptimizerSpec
+from .recipe.schema import Schedule as ScheduleSpec
 
 Moments = dict[str, dict[str, Tensor]]
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from transformers import AutoConfig, PretrainedConfig
 
 from .flops import TrainingCost, cost_of_config
-from .recipe import ModelSource, Recipe, Stage
+from .recipe.schema import ModelSource, Recipe, Stage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

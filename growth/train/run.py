@@ -10,15 +10,15 @@ from .compare import (
     evaluation_interval,
     scratch_recipe,
 )
-from .console import Console, say, show
 from .directory import RunDirectory
 from .environment import reproducible
 from .inputs import Inputs
 from .interrupts import Interrupts
-from .metrics import read_metrics
 from .outline import outline
-from .recipe import Recipe, difference
-from .report import result_tables, write_report
+from .recipe.schema import Recipe, difference
+from .results.console import Console, say, show
+from .results.metrics import read_metrics
+from .results.report import result_tables, write_report
 from .trainer import Trainer
 
 

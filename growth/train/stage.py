@@ -11,11 +11,11 @@ from torch.optim import AdamW
 from transformers import PreTrainedModel
 
 from ..continual import ScheduleLR
-from .batches import on_device, piece_lengths, predicted_tokens
+from .data.batches import on_device, piece_lengths, predicted_tokens
+from .data.packing import BatchStream, PackedBatch
 from .flops import causal_pairs
 from .optimizer import build_schedule, moments
 from .outline import StagePlan
-from .packing import BatchStream, PackedBatch
 
 
 @dataclass

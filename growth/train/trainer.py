@@ -11,19 +11,19 @@ from typing import Any
 import torch
 
 from .checkpoint import checkpoint_path, load_tensors, read_state, save_checkpoint
-from .console import Console, Progress, say
 from .directory import RunDirectory
 from .environment import default_device, package_versions
 from .evaluate import evaluate
 from .inputs import Inputs
 from .interrupts import Interrupted, Interrupts
-from .metrics import Metrics, read_metrics, truncate_metrics
 from .model import empty_model, first_model, save_model
 from .outline import StagePlan
-from .recipe import Recipe
+from .recipe.schema import Recipe
+from .results.console import Console, Progress, say
+from .results.metrics import Metrics, read_metrics, truncate_metrics
+from .results.summary import final_record, summarise
 from .rng import get_rng, seed_of_stage, set_rng
 from .stage import Counters, StageState, StepResult
-from .summary import final_record, summarise
 
 
 class Trainer:

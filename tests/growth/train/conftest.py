@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from apical.growth.train import report
-from apical.growth.train.metrics import TIMING_KEYS, read_metrics
-from apical.growth.train.recipe import Recipe
+from apical.growth.train.recipe.schema import Recipe
+from apical.growth.train.results import report
+from apical.growth.train.results.metrics import TIMING_KEYS, read_metrics
 from apical.growth.train.run import train
 
 MODEL = {

@@ -13,7 +13,7 @@ import pytest
 
 from apical.growth.train import checkpoint, model, run, trainer
 from apical.growth.train.checkpoint import list_checkpoints
-from apical.growth.train.recipe import Recipe
+from apical.growth.train.recipe.schema import Recipe
 from apical.growth.train.run import train
 from apical.growth.train.stage import StageState
 
@@ -184,7 +184,7 @@ def test_second_interrupt_acts_at_once(
 _PROGRAM = """
 import sys
 from pathlib import Path
-from apical.growth.train.recipe import load_recipe
+from apical.growth.train.recipe.schema import load_recipe
 from apical.growth.train.run import train
 train(load_recipe(sys.argv[1]), output=Path(sys.argv[2]))
 """

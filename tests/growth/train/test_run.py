@@ -15,10 +15,10 @@ import apical
 from apical.growth.train import trainer
 from apical.growth.train.checkpoint import list_checkpoints
 from apical.growth.train.inputs import Inputs
-from apical.growth.train.metrics import Metrics, read_metrics, truncate_metrics
 from apical.growth.train.model import save_model
 from apical.growth.train.optimizer import build_optimizer, build_schedule, moments
-from apical.growth.train.recipe import InfiniteSchedule, Optimizer, Recipe
+from apical.growth.train.recipe.schema import InfiniteSchedule, Optimizer, Recipe
+from apical.growth.train.results.metrics import Metrics, read_metrics, truncate_metrics
 from apical.growth.train.run import train
 from apical.growth.train.stage import StageState
 

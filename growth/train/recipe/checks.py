@@ -14,12 +14,12 @@ from pydantic import TypeAdapter, ValidationError
 
 from apical._extras import require
 
-from ..operators import OPERATORS
-from ..spaces import architecture_of
-from .recipe_errors import Location, RecipeError, describe, did_you_mean, unknown_key
+from ...operators import OPERATORS
+from ...spaces import architecture_of
+from .errors import Location, RecipeError, describe, did_you_mean, unknown_key
 
 if TYPE_CHECKING:
-    from .recipe import ModelSource, Recipe
+    from .schema import ModelSource, Recipe
 
 # keys that transformers takes from a config file without a field of that name
 _LEGACY_KEYS = ("model_type", "torch_dtype", "rope_theta", "rope_scaling", "partial_rotary_factor")

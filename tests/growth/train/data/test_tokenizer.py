@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from apical.growth.train import tokenizer as module
-from apical.growth.train.tokenizer import load_tokenizer, plain_encoder, train_tokenizer
+from apical.growth.train.data import tokenizer as module
+from apical.growth.train.data.tokenizer import load_tokenizer, plain_encoder, train_tokenizer
 
 TEXTS = [f"the cat number {i} sat on the mat, and the dog {i * 7} ran" for i in range(200)]
 # every character that utf-8 can hold

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from apical.growth.train.compare import Comparison, scratch_recipe
-from apical.growth.train.metrics import read_metrics
-from apical.growth.train.recipe import Recipe, load_recipe
+from apical.growth.train.recipe.schema import Recipe, load_recipe
+from apical.growth.train.results.metrics import read_metrics
+from apical.growth.train.results.summary import summarise
 from apical.growth.train.run import train
-from apical.growth.train.summary import summarise
 
 
 @pytest.fixture(scope="module")

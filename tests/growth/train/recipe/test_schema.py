@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from apical.growth.operators import Stack
-from apical.growth.train.recipe import Recipe, difference, load_recipe
+from apical.growth.train.recipe.schema import Recipe, difference, load_recipe
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 TEXT = """\
 name: small
 tokenizer: {train_on: [prose], vocab_size: 300}

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from apical.growth.train import corpora
-from apical.growth.train.corpora import CORPORA, build_corpus, read_corpus
-from apical.growth.train.extract import definitions, joined, paragraphs
+from apical.growth.train.data import corpora
+from apical.growth.train.data.corpora import CORPORA, build_corpus, read_corpus
+from apical.growth.train.data.extract import definitions, joined, paragraphs
 
 SIZE = 200_000
 NAMES = sorted(CORPORA)

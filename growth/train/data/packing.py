@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..continual.mixture import Mixture
-from .data import TokenSource
+from ...continual.mixture import Mixture
+from .source import TokenSource
 
 _IGNORED = -100
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from .recipe_errors import Location, describe, did_you_mean, dotted, shorten
+from .errors import Location, describe, did_you_mean, dotted, shorten
 
 # YAML 1.1 reads 3e-3 as text; everyone who writes it means the number
 _FLOAT = re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")

@@ -13,8 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from apical.growth.continual import Mixture, token_weights
-from apical.growth.train.data import TokenSource
-from apical.growth.train.packing import BatchStream, eval_batches, pack
+from apical.growth.train.data.packing import BatchStream, eval_batches, pack
+from apical.growth.train.data.source import TokenSource
 
 VOCABULARY = 50
 

@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from .recipe_checks import check_model, check_recipe, make_operator
-from .recipe_errors import RecipeError, unknown_key
-from .recipe_yaml import apply_override, dump, read_document
+from .checks import check_model, check_recipe, make_operator
+from .document import apply_override, dump, read_document
+from .errors import RecipeError, unknown_key
 
 # they change what is written, not what is computed: a resumed run may differ in them
 OUTPUT_ONLY = ("name", "log_every", "checkpoint_every")

@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from apical.growth.train import data, files
-from apical.growth.train.data import cut, load_source, source_texts
-from apical.growth.train.tokenizer import train_tokenizer
+from apical.growth.train.data import files
+from apical.growth.train.data import source as data
+from apical.growth.train.data.source import cut, load_source, source_texts
+from apical.growth.train.data.tokenizer import train_tokenizer
 
 WORDS = re.findall(
     "[a-z]+", "the cat sat on the mat and then it ran to the other side of the house"

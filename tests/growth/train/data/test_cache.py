@@ -2,7 +2,7 @@
 
 import pytest
 
-from apical.growth.train.cache import cache_dir, cached
+from apical.growth.train.data.cache import cache_dir, cached
 
 
 def test_cache_dir_follows_the_environment(monkeypatch, tmp_path):

@@ -11,7 +11,7 @@ from .summary import Record, cost_table, loss_table, summarise
 from .tables import Table
 
 if TYPE_CHECKING:
-    from .compare import Comparison
+    from ..compare import Comparison
 
 _CSS = """\
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }

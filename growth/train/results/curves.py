@@ -12,7 +12,7 @@ from .summary import Record
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from .compare import Comparison
+    from ..compare import Comparison
 
 # 900 px at the 72 points an inch of SVG and the 96 pixels of a browser
 _WIDTH, _PANEL = 9.375, 3.4

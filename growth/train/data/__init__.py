@@ -1,0 +1,1 @@
+"""From text to packed batches: corpora, files, tokenizer, token sources, packing."""

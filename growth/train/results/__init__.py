@@ -1,0 +1,1 @@
+"""What a run leaves for people: records, tables, curves, the report, the progress bar."""
