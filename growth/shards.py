@@ -4,8 +4,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from apical._extras import require
 from .apply import grow_tensor
 from .checkpoint_files import INDEX, WEIGHTS, Stored, read_config, read_headers, with_defaults
 from .plan import GrowthPlan, Operator
+from .publish import published
 from .spaces import architecture_of, check_tensors
 
 safetensors = require("safetensors", extra="hf", what="apical.grow_checkpoint")
@@ -84,7 +84,8 @@ def grow_checkpoint(
     sizes = {name: stored[plan.sources(name).terms[0][0]].nbytes for name in plan.names(stored)}
     out.parent.mkdir(parents=True, exist_ok=True)
     _check_space(out.parent, sum(sizes.values()))
-    with _published(out) as scratch:
+    scratch = out.with_name(f"{out.name}.tmp-{secrets.token_hex(4)}")
+    with published(out, unfinished=scratch):
         shards = _partition(sizes, max_shard_bytes)
         for file, names in _shown(shards, progress):
             _write_shard(scratch / file, names, plan, stored)
@@ -126,29 +127,6 @@ def _check_space(directory: Path, needed: int) -> None:
             f"{directory} has {free / 1e9:.1f} GB free; the grown checkpoint needs "
             f"{needed / 1e9:.1f} GB: free some, or choose another disk"
         )
-
-
-@contextmanager
-def _published(out: Path) -> Iterator[Path]:
-    """Give a directory beside `out` that becomes `out` if the block ends well, else is removed."""
-    scratch = out.with_name(f"{out.name}.tmp-{secrets.token_hex(4)}")
-    scratch.mkdir()
-    try:
-        yield scratch
-        for path in [*scratch.rglob("*"), scratch]:
-            _sync(path)
-        scratch.rename(out)
-        _sync(out.parent)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _write_shard(

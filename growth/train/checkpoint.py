@@ -4,7 +4,6 @@ import errno
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 import warnings
@@ -14,6 +13,8 @@ from typing import Any
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+
+from ..publish import published
 
 logger = logging.getLogger(__name__)
 
@@ -43,17 +44,13 @@ def save_checkpoint(
         OSError: the disk is full or not writable; earlier checkpoints are untouched.
     """
     path = checkpoint_path(steps, step)
-    unfinished = path.with_suffix(".tmp")
     try:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        _write_tensors(unfinished, tensors)
-        _write(unfinished / "state.json", json.dumps(state))
-        _write(unfinished / "config.json", config)
-        _write(unfinished / _MANIFEST, _manifest(unfinished))
-        _rename(unfinished, path)
+        with published(path, unfinished=path.with_suffix(".tmp")) as unfinished:
+            _write_tensors(unfinished, tensors)
+            (unfinished / "state.json").write_text(json.dumps(state), encoding="utf-8")
+            (unfinished / "config.json").write_text(config, encoding="utf-8")
+            (unfinished / _MANIFEST).write_text(_manifest(unfinished), encoding="utf-8")
     except OSError as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
         reason = f"cannot write the checkpoint {path}: {error.strerror}; earlier ones are untouched"
         raise OSError(error.errno, reason) from error
     for old in list_checkpoints(steps)[:-KEEP]:
@@ -158,25 +155,3 @@ def _sha256(file: Path) -> str:
         while block := handle.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _write(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _rename(unfinished: Path, path: Path) -> None:
-    """Make the folder's entries durable, give it its final name, make that durable."""
-    _sync_folder(unfinished)
-    unfinished.rename(path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,6 +1,5 @@
 """Builds the model of a stage, and gives it the kernels that its recipe asks for."""
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +20,7 @@ import apical
 
 from ..optimizer_state import grow_optimizer
 from ..plan import GrowthPlan
+from ..publish import published
 from .optimizer import Moments, build_optimizer, moments, set_moments
 
 if TYPE_CHECKING:
@@ -73,16 +73,13 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path:
     Raises:
         OSError: the disk is full or not writable.
     """
-    unfinished = path.with_name(f"{path.name}.tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
     apical.use_kernels(model, attention=False, loss=False)
     try:
-        with _without_bars():
-            model.save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
-        unfinished.rename(path)
+        with published(path, unfinished=path.with_name(f"{path.name}.tmp")) as unfinished:
+            with _without_bars():
+                model.save_pretrained(unfinished)
+            tokenizer.save_pretrained(unfinished)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
         raise OSError(f"cannot write the model {path}: {error}; --resume tries again") from error
 
 

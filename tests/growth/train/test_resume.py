@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from apical.growth import publish
 from apical.growth.train import checkpoint, model, run, trainer
 from apical.growth.train.checkpoint import list_checkpoints
 from apical.growth.train.recipe.schema import Recipe
@@ -69,7 +70,7 @@ def kill() -> None:
         pytest.param(StageState, "step", 13, id="last-step"),
         pytest.param(checkpoint, "_write_tensors", 3, id="before-the-tensors-are-written"),
         pytest.param(checkpoint, "_manifest", 4, id="before-the-manifest-is-written"),
-        pytest.param(checkpoint, "_rename", 5, id="before-the-checkpoint-has-its-name"),
+        pytest.param(publish, "_rename", 5, id="before-the-checkpoint-has-its-name"),
         pytest.param(checkpoint, "list_checkpoints", 4, id="before-old-checkpoints-go"),
         pytest.param(trainer, "save_model", 1, id="between-last-record-and-model"),
         pytest.param(model.PreTrainedModel, "save_pretrained", 1, id="while-the-model-is-written"),
