@@ -1,5 +1,6 @@
 """Directories that are whole or not there: written under another name, made durable, renamed."""
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -27,6 +28,30 @@ def published(path: Path, *, unfinished: Path) -> Iterator[Path]:
         _rename(unfinished, path)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def require_space(directory: Path, needed: int, *, what: str) -> None:
+    """Check that a disk has room, before anything is written to it.
+
+    Args:
+        directory: a folder on the disk.
+        needed: in bytes.
+        what: is to be written.
+
+    Raises:
+        OSError: it has not; both sizes are named.
+    """
+    free = shutil.disk_usage(directory).free
+    if needed > free:
+        message = f"{directory} has {_size(free)} free, {what} needs {_size(needed)}"
+        raise OSError(errno.ENOSPC, f"{message}: free some, or choose another disk")
+
+
+def _size(count: int) -> str:
+    for unit, name in ((1e9, "GB"), (1e6, "MB")):
+        if count >= unit:
+            return f"{count / unit:.1f} {name}"
+    return f"{count / 1e3:.1f} kB"
 
 
 def _rename(unfinished: Path, path: Path) -> None:

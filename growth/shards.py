@@ -13,7 +13,7 @@ from apical._extras import require
 from .apply import grow_tensor
 from .checkpoint_files import INDEX, WEIGHTS, Stored, read_config, read_headers, with_defaults
 from .plan import GrowthPlan, Operator
-from .publish import published
+from .publish import published, require_space
 from .spaces import architecture_of, check_tensors
 
 safetensors = require("safetensors", extra="hf", what="apical.grow_checkpoint")
@@ -83,7 +83,7 @@ def grow_checkpoint(
     check_tensors(full, {name: tensor.shape for name, tensor in stored.items()})
     sizes = {name: stored[plan.sources(name).terms[0][0]].nbytes for name in plan.names(stored)}
     out.parent.mkdir(parents=True, exist_ok=True)
-    _check_space(out.parent, sum(sizes.values()))
+    require_space(out.parent, sum(sizes.values()), what="the grown checkpoint")
     scratch = out.with_name(f"{out.name}.tmp-{secrets.token_hex(4)}")
     with published(out, unfinished=scratch):
         shards = _partition(sizes, max_shard_bytes)
@@ -118,15 +118,6 @@ def _partition(sizes: Mapping[str, int], limit: int) -> dict[str, list[str]]:
         f"model-{i:05d}-of-{len(shards):05d}.safetensors": names
         for i, names in enumerate(shards, start=1)
     }
-
-
-def _check_space(directory: Path, needed: int) -> None:
-    free = shutil.disk_usage(directory).free
-    if needed > free:
-        raise OSError(
-            f"{directory} has {free / 1e9:.1f} GB free; the grown checkpoint needs "
-            f"{needed / 1e9:.1f} GB: free some, or choose another disk"
-        )
 
 
 def _write_shard(

@@ -203,10 +203,28 @@ def test_a_disk_that_fills_up_while_growing(workplace, checkpoint, refused):
     assert [path.name for path in workplace.glob("out*")] == []
 
 
+def test_a_model_that_does_not_take_the_kernels_is_refused_before_the_run(workplace, refused):
+    sizes = "hidden_size: 8, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 8"
+    config = f"{{model_type: bert, is_decoder: true, {sizes}, max_position_embeddings: 64}}"
+    message = refused("train", "r.yaml", "--set", f"only.model.config={config}")
+    assert "stages[0].kernels" in message
+    assert "write `kernels: false`" in message
+    assert not (workplace / "runs").exists()
+
+
+def test_a_checkpoint_that_does_not_fit_on_the_disk(workplace, refused, monkeypatch):
+    # the text is in the cache already, so that the checkpoint is what does not fit
+    assert cli.main(["train", "r.yaml"]) == 0
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10, 10, 2000))
+    message = refused("train", "r.yaml", "--output", "other")
+    assert "has 2.0 kB free, the checkpoint needs" in message
+
+
 def test_a_disk_that_is_known_to_be_too_small(checkpoint, refused, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10, 10, 0))
-    assert "0.0 GB free" in refused("grow", "small", "out", "stack")
+    assert "has 0.0 kB free, the grown checkpoint needs" in refused("grow", "small", "out", "stack")
 
 
 def test_a_disk_that_fills_up_while_training(workplace, refused):

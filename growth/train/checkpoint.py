@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from ..publish import published
+from ..publish import published, require_space
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +45,8 @@ def save_checkpoint(
     """
     path = checkpoint_path(steps, step)
     try:
+        steps.mkdir(parents=True, exist_ok=True)
+        require_space(steps, _bytes_of(tensors), what="the checkpoint")
         with published(path, unfinished=path.with_suffix(".tmp")) as unfinished:
             _write_tensors(unfinished, tensors)
             (unfinished / "state.json").write_text(json.dumps(state), encoding="utf-8")
@@ -125,6 +127,13 @@ def _write_tensors(path: Path, tensors: Tensors) -> None:
     except CheckpointException as error:
         cause = _cause(error)
         raise OSError(getattr(cause, "errno", None) or errno.EIO, _line(cause)) from error
+
+
+def _bytes_of(tensors: Tensors) -> int:
+    values = (
+        _bytes_of(v) if isinstance(v, dict) else getattr(v, "nbytes", 0) for v in tensors.values()
+    )
+    return sum(values)
 
 
 def _cause(error: CheckpointException) -> BaseException:

@@ -117,9 +117,23 @@ def _optimizer(model: PreTrainedModel, plan: "StagePlan") -> AdamW:
     return build_optimizer(model, plan.spec.optimizer, peak=plan.spec.schedule.peak)
 
 
+def check_kernels(plan: "StagePlan") -> None:
+    """Check, without its weights, that a stage's model takes the kernels that its recipe asks for.
+
+    Raises:
+        ValueError: it does not.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(plan.config)
+    _set_kernels(model, plan)
+
+
 def _set_kernels(model: PreTrainedModel, plan: "StagePlan") -> None:
     on, z_loss = plan.spec.kernels, plan.spec.objective.z_loss
-    apical.use_kernels(model, attention=on, loss=on, z_loss=z_loss)
+    try:
+        apical.use_kernels(model, attention=on, loss=on, z_loss=z_loss)
+    except NotImplementedError as error:
+        raise ValueError(f"stages[{plan.index}].kernels: {error}; write `kernels: false`") from None
     if z_loss and "_apical_loss" not in vars(model):
         raise ValueError(
             f"stages[{plan.index}].objective.z_loss is {z_loss}, which needs `kernels: true` and a "

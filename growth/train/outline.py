@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from transformers import AutoConfig, PretrainedConfig
 
 from .flops import TrainingCost, cost_of_config
+from .model import check_kernels
 from .recipe.schema import ModelSource, Recipe, Stage
 
 if TYPE_CHECKING:
@@ -38,7 +39,8 @@ def outline(
         pairs_per_token: keys that a token of a stage's mixture attends to, on average.
 
     Raises:
-        ValueError: a model has fewer embeddings than the tokenizer has tokens.
+        ValueError: a model has fewer embeddings than the tokenizer has tokens, or does not take
+            the kernels.
     """
     plans: list[StagePlan] = []
     for index, spec in enumerate(recipe.stages):
@@ -52,6 +54,7 @@ def outline(
         steps, cost = -(-spec.tokens // spec.batch_tokens), cost_of_config(config)
         flops = cost.flops(tokens=spec.tokens, pairs=round(spec.tokens * pairs_per_token(spec)))
         plans.append(StagePlan(index, spec, base, config, steps, cost, flops))
+        check_kernels(plans[-1])
     return plans
 
 

@@ -308,7 +308,7 @@ def test_free_space_is_checked_before_anything_is_written(saved, tmp_path, monke
     needed = sum(t.nbytes for t in _tensors(saved).values())  # the grown one needs more
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed))
-    with pytest.raises(OSError, match=r"has 0\.0 GB free; the grown checkpoint needs"):
+    with pytest.raises(OSError, match=r"has .* free, the grown checkpoint needs"):
         grow_checkpoint(saved, tmp_path / "big", Stack())
     assert not list(tmp_path.glob("big*"))
 

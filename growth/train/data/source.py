@@ -145,7 +145,8 @@ def source_texts(name: str, spec: SourceSpec, *, split: Split, cache: Path) -> S
     chosen = np.flatnonzero(held_out == (split == "val"))
     if len(chosen) == 0:
         raise ValueError(
-            f"source {name!r}: none of its {len(held_out)} documents is left for {split}: add text"
+            f"source {name!r}: none of its {len(held_out)} documents falls to {split}; "
+            "add documents, or change `validation`"
         )
     return dataset.select(chosen)["text"]
 

@@ -190,12 +190,24 @@ def _full_config(config: dict[str, Any], *, strict: bool = False) -> dict[str, A
     kind = _config_class(transformers, config["model_type"])
     if strict:
         _check_keys(kind, config)
+        _check_sizes(config)
     try:
         return kind(
             **{key: value for key, value in config.items() if key != "model_type"}
         ).to_dict()
     except (errors.StrictDataclassError, ValueError, TypeError) as error:
         raise _config_error(error) from None
+
+
+def _check_sizes(config: Mapping[str, Any]) -> None:
+    for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
+        size = config.get(key)
+        if isinstance(size, int) and size < 1:
+            raise RecipeError((key,), f"is {size}, should be at least 1")
+    heads, shared = config.get("num_attention_heads"), config.get("num_key_value_heads")
+    if isinstance(heads, int) and isinstance(shared, int) and heads % shared:
+        message = f"is {shared}, should divide num_attention_heads {heads}"
+        raise RecipeError(("num_key_value_heads",), message)
 
 
 def _config_class(transformers: Any, model_type: object) -> Any:

@@ -82,6 +82,14 @@ def test_a_recipe_cannot_be_changed(write):
 
 # what is written, by what it replaces -> line, place and text of the refusal
 MISTAKES = {
+    "heads that do not share evenly": (
+        ("hidden_size: 64", "hidden_size: 64, num_attention_heads: 4, num_key_value_heads: 3"),
+        "10: stages[0].model.config.num_key_value_heads: is 3, should divide num_attention_heads 4",
+    ),
+    "a model without layers": (
+        ("hidden_size: 64", "hidden_size: 64, num_hidden_layers: 0"),
+        "10: stages[0].model.config.num_hidden_layers: is 0, should be at least 1",
+    ),
     "unknown key, near a known one": (
         ("    tokens: 1000", "    tokns: 1000"),
         "12: stages[0].tokns: unknown key; did you mean 'tokens'?",
