@@ -285,7 +285,9 @@ GOOD = '{"text": "a"}\n'
         pytest.param("a.jsonl", '{"text": ["a"]}', "a.jsonl:1: field 'text' is list", id="list"),
         pytest.param("a.parquet", b"PAR1", "a.parquet is not a Parquet file", id="no parquet"),
         pytest.param("a.csv", b"a,b", "a.csv: unknown kind of file", id="unknown kind"),
-        pytest.param("a.txt", b"only one", "none of its 1 documents falls to val", id="one document"),
+        pytest.param(
+            "a.txt", b"only one", "none of its 1 documents falls to val", id="one document"
+        ),
     ],
 )
 def test_bad_files_are_named_in_one_line(name, content, message, tmp_path):
