@@ -1,12 +1,12 @@
 // the softmax passes of the fused linear cross-entropy, in place on a chunk of logits
 #include "../linear_cross_entropy.h"
+#include "isa.h"
 
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <string>
@@ -33,36 +33,24 @@ namespace {
 
 struct Loops {
   const char* isa;
-  bool supported;
   float (*row_max)(const float*, int64_t);
   double (*exp_sum)(float*, int64_t, float);
   double (*exp_sum_keep)(float*, int64_t, float);
   void (*scale_row)(float*, int64_t, float);
 };
 
-#define APICAL_LOOPS(isa, supported) \
-  {#isa, supported, isa::row_max, isa::exp_sum<false>, isa::exp_sum<true>, isa::scale_row}
-
-// the best supported set of loops, or the one that the environment variable APICAL_ISA names
-Loops choose_loops() {
-  const Loops all[] = {
-#if defined(__x86_64__)
-      APICAL_LOOPS(avx512, __builtin_cpu_supports("avx512f") != 0),
-      APICAL_LOOPS(avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")),
-#endif
-      APICAL_LOOPS(baseline, true),
-  };
-  const char* wanted = std::getenv("APICAL_ISA");
-  for (const Loops& loops : all) {
-    if (wanted ? wanted == std::string(loops.isa) && loops.supported : loops.supported) return loops;
-  }
-  STD_TORCH_CHECK(false, "APICAL_ISA=", wanted, " is unknown or not supported by this processor; ",
-                  "use baseline, avx2 or avx512, or unset it");
-}
+#define APICAL_LOOPS(isa) \
+  {#isa, isa::row_max, isa::exp_sum<false>, isa::exp_sum<true>, isa::scale_row}
 
 const Loops& loops() {
-  static const Loops chosen = choose_loops();
-  return chosen;
+  static const Loops all[] = {
+      APICAL_LOOPS(baseline),
+#if defined(__x86_64__)
+      APICAL_LOOPS(avx2),
+      APICAL_LOOPS(avx512),
+#endif
+  };
+  return all[isa()];
 }
 
 // a row's softmax, without rounding 1 - p: `rest` is the sum over every entry but the target

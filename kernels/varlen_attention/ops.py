@@ -32,9 +32,11 @@ def _forward(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
+    from . import _cpu as cpu
     from . import _split as split
 
-    return split.forward(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, scale)
+    compute = cpu.forward if cpu.takes_forward(q) else split.forward
+    return compute(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, scale)
 
 
 @outside_autocast
@@ -50,9 +52,11 @@ def _backward(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    from . import _cpu as cpu
     from . import _split as split
 
-    return split.backward(grad_out, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, causal, scale)
+    derive = cpu.backward if cpu.takes_backward(q) else split.backward
+    return derive(grad_out, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, causal, scale)
 
 
 # every device: the loop over documents is made of torch's own operations

@@ -1,0 +1,83 @@
+"""The C++ kernel of the CPU: float32, one task per document and key head."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .._common import native
+from ._documents import documents
+
+# head sizes up to which a block of keys stays in the second level of cache
+_LARGEST_HEAD = 256
+
+
+def takes_forward(q: Tensor) -> bool:
+    """Return whether this computes the result faster than torch's own kernel."""
+    return _takes(q)
+
+
+def takes_backward(q: Tensor) -> bool:
+    """Return whether this computes the gradients faster than torch's own kernel."""
+    return _takes(q)
+
+
+def _takes(q: Tensor) -> bool:
+    known = q.dtype != torch.float64 and q.shape[-1] <= _LARGEST_HEAD
+    return q.device.type == "cpu" and known and native.loaded()
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Return the result (T, H, D) in q's dtype and lse (T, H), -inf where a row sees no key."""
+    rows = _rows(q, k, cu_seqlens_q, cu_seqlens_k, causal=causal)
+    out = q.new_zeros(q.shape, dtype=torch.float32)
+    lse = q.new_full(q.shape[:2], -math.inf, dtype=torch.float32)
+    torch.ops.apical.varlen_attention_cpu_forward(
+        *_float32(q, k, v), rows, causal, scale, out, lse
+    )
+    return out.to(q.dtype), lse
+
+
+def backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k and v, from the saved result and lse."""
+    rows = _rows(q, k, cu_seqlens_q, cu_seqlens_k, causal=causal)
+    grad_q, grad_k, grad_v = (x.new_zeros(x.shape, dtype=torch.float32) for x in (q, k, v))
+    torch.ops.apical.varlen_attention_cpu_backward(
+        *_float32(grad_out, q, k, v, out), lse, rows, causal, scale, grad_q, grad_k, grad_v
+    )
+    return grad_q.to(q.dtype), grad_k.to(q.dtype), grad_v.to(q.dtype)
+
+
+def _rows(
+    q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None, *, causal: bool
+) -> Tensor:
+    found = documents(
+        cu_seqlens_q, cu_seqlens_k, tokens_q=q.shape[0], tokens_k=k.shape[0], causal=causal
+    )
+    ends = [(rows.start, rows.stop, keys.start, keys.stop) for rows, keys in found]
+    return torch.tensor(ends, dtype=torch.int64).view(-1, 4)
+
+
+def _float32(*tensors: Tensor) -> list[Tensor]:
+    # tokens and heads may lie anywhere, channels one after the other
+    wide = (x.float() for x in tensors)
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in wide]
