@@ -6,7 +6,7 @@ namespace apical::ISA {
 // what the rows of a document see of a block of its keys
 struct Band {
   int64_t shift, count;  // row i sees the keys before i + shift, of count
-  bool causal, last;
+  bool causal, first, last;
 
   int64_t seen(int64_t row) const {
     return causal ? std::min(std::max<int64_t>(row + shift, 0), count) : count;
@@ -17,7 +17,7 @@ struct Band {
 
 static Band band_of(const Job& job, const Document& doc, int64_t first_key, int64_t keys) {
   const int64_t shift = doc.keys() - doc.rows() - first_key + 1, left = doc.keys() - first_key;
-  return {shift, std::min(keys, left), job.causal, left <= keys};
+  return {shift, std::min(keys, left), job.causal, first_key == 0, left <= keys};
 }
 
 // scores (rows, kStride) of packed rows and of keys packed as columns, where one is seen
@@ -35,13 +35,40 @@ static void scores(const Band& band, int64_t first, int64_t rows, int64_t size, 
   }
 }
 
+template <int S>
+ISA_TARGET static inline Floats swap_lanes(Floats x) {
+  Ints from;
+  for (int j = 0; j < kLanes; ++j) from[j] = j ^ S;
+  return __builtin_shuffle(x, from);
+}
+
+ISA_TARGET static inline float largest_lane(Floats x) {
+  if (kLanes > 8) x = larger(x, swap_lanes<kLanes / 2>(x));
+  if (kLanes > 4) x = larger(x, swap_lanes<4 % kLanes>(x));
+  x = larger(x, swap_lanes<2>(x));
+  return larger(x, swap_lanes<1>(x))[0];
+}
+
+ISA_TARGET static inline float add_lanes(Floats x) {
+  if (kLanes > 8) x += swap_lanes<kLanes / 2>(x);
+  if (kLanes > 4) x += swap_lanes<4 % kLanes>(x);
+  x += swap_lanes<2>(x);
+  return (x + swap_lanes<1>(x))[0];
+}
+
 // scores to exponentials relative to the largest so far, which is updated; 0 from seen to end, a
 // whole number of vectors; returns their sum
 ISA_TARGET static double softmax_row(float* row, int64_t seen, int64_t end, float* max) {
   std::fill(row + seen, row + end, -std::numeric_limits<float>::infinity());
-  Floats top = Floats{} + *max;
-  for (int64_t c = 0; c < seen; c += kLanes) top = larger(top, load(row + c));
-  for (int64_t lane = 0; lane < kLanes; ++lane) *max = top[lane] > *max ? top[lane] : *max;
+  Floats top = Floats{} + *max, other = top;
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= end; i += 2 * kLanes) {
+    top = larger(top, load(row + i));
+    other = larger(other, load(row + i + kLanes));
+  }
+  if (i < end) top = larger(top, load(row + i));
+  top = larger(top, other);
+  *max = largest_lane(top);
   // where all are -inf, inf - inf must not spoil the finite ones that may follow
   const float from = *max == -std::numeric_limits<float>::infinity() ? 0.0f : *max;
   Floats sum{};
@@ -50,7 +77,7 @@ ISA_TARGET static double softmax_row(float* row, int64_t seen, int64_t end, floa
     store(row + c, p);
     sum += p;
   }
-  return sum_lanes(sum);
+  return add_lanes(sum);
 }
 
 // to = to * keep + from * factor, where to is not read when keep is 0
@@ -126,7 +153,7 @@ ISA_TARGET static float dot_row(const float* a, const float* b, int64_t size) {
   Floats sum{};
   for (int64_t d = 0; d < size; d += kLanes)
     sum += load_part(a + d, size - d) * load_part(b + d, size - d);
-  return static_cast<float>(sum_lanes(sum));
+  return add_lanes(sum);
 }
 
 // scores to p and g . v to p (g . v - delta), both 0 from seen to end
@@ -191,8 +218,9 @@ static void backward_rows(const Job& job, const Document& doc, int64_t head, con
     multiply<false>(tall, width, band.seen(first + r + tall - 1), x.d + r * kStride, kStride, 1,
                     x.keys, width, x.grad_query + r * width, width);
   }
+  const float keep = band.first ? 0.0f : 1.0f;
   for (int64_t r = 0; r < rows; ++r)
-    blend_row(job.grad_q.at(token + r, head), x.grad_query + r * width, job.size, 1.0f, 1.0f);
+    blend_row(job.grad_q.at(token + r, head), x.grad_query + r * width, job.size, keep, 1.0f);
 }
 
 static void backward(const Job& job, const Document& doc, int64_t kv_head, float* scratch) {
@@ -202,6 +230,8 @@ static void backward(const Job& job, const Document& doc, int64_t kv_head, float
   for (int64_t g = 0; g < job.group; ++g) {
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t token = doc.q + r, head = kv_head * job.group + g;
+      prefetch_row(job.grad_out.at(token, head), job.grad_out.token, job.size);
+      prefetch_row(job.out.at(token, head), job.out.token, job.size);
       delta[g * rows + r] = dot_row(job.grad_out.at(token, head), job.out.at(token, head), job.size);
     }
   }

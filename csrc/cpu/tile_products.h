@@ -27,18 +27,26 @@ template <int R, int J, bool kAdd>
 ISA_TARGET static void tile(const float* a, int64_t row, int64_t step, const float* b, int64_t ldb,
                             float* c, int64_t ldc, int64_t depth) {
   Floats sum[R][J];
+#pragma GCC unroll 6
   for (int r = 0; r < R; ++r)
+#pragma GCC unroll 6
     for (int j = 0; j < J; ++j) sum[r][j] = Floats{};
   for (int64_t k = 0; k < depth; ++k, a += step, b += ldb) {
     Floats right[J];
+#pragma GCC unroll 6
     for (int j = 0; j < J; ++j) right[j] = load(b + j * kLanes);
+#pragma GCC unroll 6
     for (int r = 0; r < R; ++r) {
-      const Floats left = Floats{} + a[r * row];
+      // one load to all lanes; adding 0 would be computed, for the sake of -0
+      const Floats left = a[r * row] - Floats{};
+#pragma GCC unroll 6
       for (int j = 0; j < J; ++j) sum[r][j] += left * right[j];
     }
   }
   // added at the end: many short sums are more exact than a long one
+#pragma GCC unroll 6
   for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 6
     for (int j = 0; j < J; ++j) {
       float* to = c + r * ldc + j * kLanes;
       store(to, kAdd ? load(to) + sum[r][j] : sum[r][j]);
@@ -74,10 +82,17 @@ static void multiply(int64_t rows, int64_t columns, int64_t depth, const float* 
   }
 }
 
+// rows of one head are far apart: the processor does not guess the next ones by itself
+static inline void prefetch_row(const float* row, int64_t stride, int64_t size) {
+  constexpr int64_t kAhead = 6, kLine = 16;
+  for (int64_t d = 0; d < size; d += kLine) __builtin_prefetch(row + kAhead * stride + d);
+}
+
 // rows, times factor, one after the other, with zeros up to a whole number of vectors
 ISA_TARGET static void pack_rows(const float* from, int64_t stride, int64_t rows, int64_t size,
                                  float factor, float* to) {
   for (int64_t r = 0; r < rows; ++r, from += stride) {
+    prefetch_row(from, stride, size);
     for (int64_t d = 0; d < size; d += kLanes, to += kLanes)
       store(to, load_part(from + d, size - d) * factor);
   }

@@ -169,7 +169,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(apical, m) {
   // key, and every row sees a key. What belongs to no document is not written
   m.def("varlen_attention_cpu_forward(Tensor q, Tensor k, Tensor v, Tensor documents, bool causal,"
         " float scale, Tensor(a!) out, Tensor(b!) lse) -> ()");
-  // grad_q must be 0
   m.def("varlen_attention_cpu_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out,"
         " Tensor lse, Tensor documents, bool causal, float scale, Tensor(a!) grad_q,"
         " Tensor(b!) grad_k, Tensor(c!) grad_v) -> ()");

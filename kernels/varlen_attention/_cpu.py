@@ -38,7 +38,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Return the result (T, H, D) in q's dtype and lse (T, H), -inf where a row sees no key."""
     rows = _rows(q, k, cu_seqlens_q, cu_seqlens_k, causal=causal)
-    out = q.new_zeros(q.shape, dtype=torch.float32)
+    out = _outside_zero(q, rows[:, :2])
     lse = q.new_full(q.shape[:2], -math.inf, dtype=torch.float32)
     torch.ops.apical.varlen_attention_cpu_forward(
         *_float32(q, k, v), rows, causal, scale, out, lse
@@ -60,7 +60,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v, from the saved result and lse."""
     rows = _rows(q, k, cu_seqlens_q, cu_seqlens_k, causal=causal)
-    grad_q, grad_k, grad_v = (x.new_zeros(x.shape, dtype=torch.float32) for x in (q, k, v))
+    grad_q = _outside_zero(q, rows[:, :2])
+    grad_k, grad_v = (_outside_zero(x, rows[:, 2:]) for x in (k, v))
     torch.ops.apical.varlen_attention_cpu_backward(
         *_float32(grad_out, q, k, v, out), lse, rows, causal, scale, grad_q, grad_k, grad_v
     )
@@ -75,6 +76,13 @@ def _rows(
     )
     ends = [(rows.start, rows.stop, keys.start, keys.stop) for rows, keys in found]
     return torch.tensor(ends, dtype=torch.int64).view(-1, 4)
+
+
+def _outside_zero(like: Tensor, ranges: Tensor) -> Tensor:
+    # where documents cover all rows, the kernel writes all of them
+    covered = int(ranges.diff().sum()) == like.shape[0]
+    new = like.new_empty if covered else like.new_zeros
+    return new(like.shape, dtype=torch.float32)
 
 
 def _float32(*tensors: Tensor) -> list[Tensor]:
