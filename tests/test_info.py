@@ -33,6 +33,10 @@ def test_a_missing_library_is_explained(monkeypatch):
     row = collected["ops"]["linear_cross_entropy"]
     assert row["active"] == "PyTorch, in chunks"
     assert row["why"] == "the C++ library is not built; run make build"
+    if not torch.cuda.is_available():
+        row = collected["ops"]["varlen_attention"]
+        assert row["active"] == "PyTorch, one document at a time"
+        assert row["why"] == "the C++ library is not built; run make build"
 
 
 def test_a_loaded_library_is_named():

@@ -44,7 +44,7 @@ struct Job {
 };
 
 // rows and keys of a block: their scores stay in the first and second level of cache
-constexpr int64_t kRows = 48, kKeys = 256;
+constexpr int64_t kRows = 48, kKeys = 512;
 // not a power of two, which would put every row into the same few sets of the cache
 constexpr int64_t kStride = kKeys + 16;
 

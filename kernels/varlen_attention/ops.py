@@ -35,7 +35,7 @@ def _forward(
     from . import _cpu as cpu
     from . import _split as split
 
-    compute = cpu.forward if cpu.takes_forward(q) else split.forward
+    compute = cpu.forward if cpu.takes(q) else split.forward
     return compute(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, scale)
 
 
@@ -55,11 +55,11 @@ def _backward(
     from . import _cpu as cpu
     from . import _split as split
 
-    derive = cpu.backward if cpu.takes_backward(q) else split.backward
+    derive = cpu.backward if cpu.takes(q) else split.backward
     return derive(grad_out, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, causal, scale)
 
 
-# every device: the loop over documents is made of torch's own operations
+# every device: without a kernel of ours, a loop over documents made of torch's own operations
 torch.library.impl("apical::varlen_attention_forward", "CompositeExplicitAutograd", _forward)
 torch.library.impl("apical::varlen_attention_backward", "CompositeExplicitAutograd", _backward)
 

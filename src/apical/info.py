@@ -95,13 +95,20 @@ def _cuda() -> dict[str, Any]:
 def _ops() -> dict[str, dict[str, str]]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return {
-        "varlen_attention": {
-            "device": device,
-            "active": "PyTorch, one document at a time",
-            "why": "the only implementation so far, on any device",
-        },
+        "varlen_attention": {"device": device, **_attention(device)},
         "linear_cross_entropy": {"device": device, **_cross_entropy(device)},
     }
+
+
+def _attention(device: str) -> dict[str, str]:
+    loaded, why = native.status()
+    loop = "PyTorch, one document at a time"
+    if device != "cpu":
+        return {"active": loop, "why": "the only implementation so far on this device"}
+    if not loaded:
+        return {"active": loop, "why": f"the C++ library is {why}"}
+    kept = "float64, heads larger than 256, and bfloat16 where the CPU has AMX, stay in PyTorch"
+    return {"active": f"C++ in {why}, {torch.ops.apical.cpu_isa()}", "why": kept}
 
 
 def _cross_entropy(device: str) -> dict[str, str]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from apical.kernels.varlen_attention import _split, varlen_attention
+from apical.kernels.varlen_attention import _cpu, _split, varlen_attention
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -177,15 +177,25 @@ def test_queries_and_keys_of_different_lengths(check_error, dtype, causal, heads
 # as on processors with and without matrix units for bfloat16
 @pytest.mark.parametrize("native", [True, False], ids=["native", "upcast"])
 def test_long_bfloat16_documents(check_error, monkeypatch, causal, length, native):
+    monkeypatch.setattr(_cpu, "takes", lambda _: False)
     monkeypatch.setattr(_split, "_is_native", lambda dtype: native and dtype == torch.bfloat16)
     tensors = inputs(length + 1, length + 1, dim=64, dtype=torch.bfloat16)
     check_all(check_error, tensors, (length, 1), (length, 1), causal=causal)
+
+
+@pytest.mark.parametrize("causal", CAUSAL)
+@pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
+def test_without_the_library(check_error, monkeypatch, causal, heads, kv_heads):
+    monkeypatch.setattr(_cpu, "takes", lambda _: False)
+    tensors = inputs(sum(RAGGED_Q), sum(RAGGED_K), heads=heads, kv_heads=kv_heads)
+    check_all(check_error, tensors, RAGGED_Q, RAGGED_K, causal=causal)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("causal", CAUSAL)
 @pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
 def test_dense_blocks_of_other_devices(check_error, monkeypatch, dtype, causal, heads, kv_heads):
+    monkeypatch.setattr(_cpu, "takes", lambda _: False)
     monkeypatch.setattr(_split, "_fused_fits", lambda *_, **__: False)
     tensors = inputs(sum(RAGGED_Q), sum(RAGGED_K), heads=heads, kv_heads=kv_heads, dtype=dtype)
     check_all(check_error, tensors, RAGGED_Q, RAGGED_K, causal=causal)
