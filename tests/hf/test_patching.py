@@ -152,7 +152,8 @@ def test_saved_model_is_stock(build, tmp_path, name):
     assert "apical" not in json.dumps(json.loads((tmp_path / "config.json").read_text()))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert loaded.config._attn_implementation == "sdpa"
-    torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, rtol=1e-5, atol=1e-6)
+    # two kernels, each up to 8e-6 from the logits in float64, which reach 6
+    torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, rtol=1e-5, atol=1e-5)
     use_kernels(model, attention=False, loss=False)
     assert torch.equal(loaded(IDS).logits, model(IDS).logits)
 
