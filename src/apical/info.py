@@ -3,6 +3,7 @@
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -104,11 +105,21 @@ def _attention(device: str) -> dict[str, str]:
     loaded, why = native.status()
     loop = "PyTorch, one document at a time"
     if device != "cpu":
-        return {"active": loop, "why": "the only implementation so far on this device"}
+        return _triton_attention(loop)
     if not loaded:
         return {"active": loop, "why": f"the C++ library is {why}"}
-    kept = "float64, heads larger than 256, and bfloat16 where the CPU has AMX, stay in PyTorch"
-    return {"active": f"C++ in {why}, {torch.ops.apical.cpu_isa()}", "why": kept}
+    units = torch.ops.apical.varlen_attention_amx_supported()
+    sets = f"{torch.ops.apical.cpu_isa()}{', bfloat16 on AMX' if units else ''}"
+    return {"active": f"C++ in {why}, {sets}", "why": "float64 stays in PyTorch"}
+
+
+def _triton_attention(loop: str) -> dict[str, str]:
+    major, minor = torch.cuda.get_device_capability()
+    if find_spec("triton") is None:
+        return {"active": loop, "why": "triton is not installed"}
+    if (major, minor) < (8, 0):
+        return {"active": loop, "why": f"compute capability {major}.{minor} is below 8.0"}
+    return {"active": f"Triton {version('triton')}", "why": "float64 stays in PyTorch"}
 
 
 def _cross_entropy(device: str) -> dict[str, str]:

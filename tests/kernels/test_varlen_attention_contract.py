@@ -1,14 +1,22 @@
-"""The contract of packed attention: its registration, compilation, memory, hints and refusals."""
+"""The contract of packed attention: its registration, compilation, signatures, refusals."""
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from apical.kernels.varlen_attention import _reference, _split, ops, varlen_attention
+from apical.kernels.varlen_attention import (
+    PackedLayout,
+    ops,
+    varlen_attention,
+)
+from apical.kernels.varlen_attention._rules import Rules
+
+from . import varlen_attention_definition as spec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -31,129 +39,166 @@ def test_hints_and_integer_type_of_the_boundaries_change_nothing():
     assert torch.equal(varlen_attention(q, k, v, cu, None, 1, 10**9), expected)
 
 
-@pytest.mark.parametrize("causal", [False, True])
-def test_lse_is_the_log_of_the_denominators(causal):
-    # rows that see no key, torch's kernel, and the dense blocks
-    q, k, v = heads(14, 4), heads(13, 2), heads(13, 2)
-    layout = boundaries(5, 7, 10, 13), boundaries(3, 3, 6, 12), causal, 0.25
-    _, lse = ops.forward(q, k, v, *layout)
-    _, exact = _reference.forward(q.double(), k.double(), v.double(), *layout)
-    torch.testing.assert_close(lse.double(), exact, rtol=1e-6, atol=1e-6)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("impl", ["fused", "reference"])
+def test_types_of_results(impl, dtype):
+    q, k, v = heads(9, 4, dtype=dtype), heads(9, 2, dtype=dtype), heads(9, 2, 5, dtype=dtype)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    for options in ({}, {"causal": True, "window_size": (1, 0), "global_tokens": 1}):
+        out, lse = varlen_attention(
+            q, k, v, boundaries(3, 7), impl=impl, return_lse=True, **options
+        )
+        assert (out.shape, out.dtype) == ((9, 4, 5), dtype)
+        assert (lse.shape, lse.dtype) == ((9, 4), wide)
 
 
-def test_gradient_of_one_input_alone():
-    q, k, v, cu = heads(9, 4), heads(9, 2), heads(9, 2), boundaries(4, 9)
-    grads = []
-    for others in (False, True):
-        leaves = [x.clone().requires_grad_(others) for x in (q, k, v)]
-        out = varlen_attention(leaves[0], leaves[1].requires_grad_(), leaves[2], cu)
-        grads += torch.autograd.grad(out.sum(), leaves[1])
-    assert torch.equal(*grads)
-
-
-class CountWholeBatches(TorchDispatchMode):
-    """Counts the tensors at least as large as the batch that operations return."""
-
-    def __init__(self, numel: int):
-        super().__init__()
-        self.numel = numel
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        returned = result if isinstance(result, tuple | list) else (result,)
-        self.count += sum(x.numel() >= self.numel for x in returned if isinstance(x, Tensor))
-        return result
-
-
-# equal lengths take torch's kernel; unequal ones, with causal, the dense blocks
-@pytest.mark.parametrize("more_keys", [0, 1])
-def test_backward_makes_no_gradient_as_long_as_the_batch_per_document(more_keys):
-    documents, length = 16, 4
-    ends = range(1, documents + 1)
-    q, grad = heads(documents * length, 2), heads(documents * length, 2)
-    k, v = (heads(documents * (length + more_keys), 2) for _ in range(2))
-    cu_q, cu_k = (boundaries(*(n * i for i in ends)) for n in (length, length + more_keys))
-    out, lse = _split.forward(q, k, v, cu_q, cu_k, True, 1.0)
-    with CountWholeBatches(q.numel()) as whole:
-        _split.backward(grad, q, k, v, out, lse, cu_q, cu_k, True, 1.0)
-    assert whole.count == 3  # the gradients of q, k and v themselves
-
-
+RULES: dict[str, dict[str, Any]] = {
+    "causal": {"right": 0},
+    "window-softcap-sinks": {
+        "left": 3, "right": 1, "transform": "softcap", "a": 2.0, "sinks": torch.randn(4),
+    },
+    "alibi-dropout": {
+        "alibi_slopes": torch.rand(3, 4), "seed": torch.tensor([7]), "dropout": 0.5,
+    },
+    "global": {"right": -2, "limit": 2},
+    "softplus": {"transform": "softplus"},
+    "power": {"right": 0, "transform": "power", "a": 3.0, "b": 0.9, "gain": torch.rand(9, 4)},
+}  # fmt: skip
 # all of torch's checks but that of autograd's registration: the gradient is in autograd.Function
 CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
-@pytest.mark.parametrize("shared", [True, False], ids=["one-cu", "two-cu"])
-# the statistics are float64 for float64 alone
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
-def test_opcheck(shared, dtype):
-    q, k, v, grad = (heads(9, n, dtype=dtype) for n in (4, 2, 2, 4))
-    cu = boundaries(4, 4, 9)
-    layout = cu, None if shared else cu.clone(), True, 0.25
-    torch.library.opcheck(ops.forward, (q, k, v, *layout), test_utils=CHECKS)
-    out, lse = ops.forward(q, k, v, *layout)
-    torch.library.opcheck(ops.backward, (grad, q, k, v, out, lse, *layout), test_utils=CHECKS)
+# the statistics are float64 for float64 alone; one tensor of boundaries, or two; values as large as
+# keys, or none, as in the first stage of re-weighted softplus
+@pytest.mark.parametrize(
+    ("case", "dtype", "shared", "values"),
+    [
+        *((case, torch.bfloat16, True, 8) for case in RULES),
+        ("window-softcap-sinks", torch.float64, False, 8),
+        ("power", torch.float64, False, 8),
+        ("softplus", torch.float64, True, 0),
+    ],
+    ids=str,
+)
+def test_opcheck(case, dtype, shared, values):
+    q, k, v, grad = (
+        heads(9, count, dim, dtype)
+        for count, dim in ((4, 8), (2, 8), (2, values), (4, values))
+    )  # fmt: skip
+    cu, rules = boundaries(4, 4, 9), spec.PLAIN._replace(scale=0.25)._replace(**RULES[case])
+    layout = cu, None if shared else cu.clone()
+    torch.library.opcheck(ops.forward, (q, k, v, *layout, *rules), test_utils=CHECKS)
+    out, lse = ops.forward(q, k, v, *layout, *rules)
+    for grad_lse in (None, torch.randn_like(lse)):
+        arguments = (grad, grad_lse, q, k, v, out, lse, *layout, *rules)
+        torch.library.opcheck(ops.backward, arguments, test_utils=CHECKS)
+
+
+@pytest.mark.parametrize("op", [ops.forward, ops.backward], ids=["forward", "backward"])
+def test_schema_ends_with_the_rules(op):
+    names = [argument.name for argument in op._schema.arguments]
+    assert tuple(names[-len(Rules._fields) :]) == Rules._fields
+
+
+def test_fake_tensors_have_the_shapes_and_strides_of_real_ones():
+    cu, sinks = boundaries(4, 9), torch.randn(4)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, sinks: Tensor) -> list[Tensor]:
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        query, key, value = leaves
+        out, lse = varlen_attention(query, key, value, cu, sinks=sinks, return_lse=True)
+        return [out, lse, *torch.autograd.grad(out.sum() + lse[:9].sum(), leaves)]
+
+    # heads before tokens, whose gradients have another order than they have
+    real = heads(10, 4), heads(10, 2), heads(2, 10, 6).transpose(0, 1)
+    want = run(*real, cu, sinks)
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(x) for x in (*real, cu, sinks)]
+        got = run(*fakes)
+    for fake, true in zip(got, want, strict=True):
+        assert (fake.shape, fake.stride(), fake.dtype) == (true.shape, true.stride(), true.dtype)
 
 
 COMPILED = """
 import torch
-from apical.kernels.varlen_attention import varlen_attention
+from apical.kernels.varlen_attention import PackedLayout, varlen_attention
 
-compiled = torch.compile(varlen_attention, fullgraph=True, dynamic=True, backend="aot_eager")
-for lengths in ((3, 0, 4), (5, 6)):
+H = 4
+sinks = torch.randn(H, requires_grad=True)
+options = {
+    "causal": {"causal": True},
+    "window": {"window_size": (3, 1), "softcap": 2.0, "alibi_slopes": torch.rand(H)},
+    "sinks": {"sinks": sinks},
+    "dropout": {"dropout_p": 0.5},
+    "global": {"causal": True, "window_size": (1, 0), "global_tokens": 1},
+    "re-weighted": {"causal": True, "weights": "softplus", "reweight": (3.0, 1.0)},
+}
+
+
+def compare(compiled, name, lengths, layouts):
     cu = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    q = torch.randn(int(cu[-1]), 4, 8, requires_grad=True)
-    k = torch.randn(int(cu[-1]), 2, 8)
+    q = torch.randn(int(cu[-1]), H, 8, requires_grad=True)
+    k = torch.randn(int(cu[-1]), 2, 8, requires_grad=True)
     # one tensor in two places is what callers pass: keys as values, one set of boundaries
-    for other in (None, cu, cu.clone()):
-        grads = []
+    every = ((cu, cu), (PackedLayout(cu),), (cu, cu.clone()))
+    leaves = (q, k, sinks) if name == "sinks" else (q, k)
+    for given in every[:layouts]:
+        both = []
         for attend in (compiled, varlen_attention):
-            out = attend(q, k, k, cu, other, 6, 6, causal=True)
-            grads += [out.detach(), *torch.autograd.grad(out.square().sum(), q)]
-        assert torch.equal(grads[0], grads[2]) and torch.equal(grads[1], grads[3])
+            torch.manual_seed(5)
+            out, lse = attend(q, k, k, *given, **options[name], return_lse=True)
+            grads = torch.autograd.grad(out.square().sum() + lse.sum(), leaves)
+            both.append([out, lse, *grads])
+        assert all(torch.equal(a, b) for a, b in zip(*both, strict=True)), (name, given)
+
+
+for name in NAMES:
+    torch._dynamo.reset()
+    compiled = torch.compile(varlen_attention, fullgraph=True, dynamic=True, backend="aot_eager")
+    for lengths in ((3, 0, 4), (5, 6)):
+        compare(compiled, name, lengths, layouts=3 if name == "causal" else 1)
 print("ok")
 """
 
 
-def test_compiles_as_the_first_call_of_a_process():
-    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True)
+# in the first call of a process nothing has been imported, registered or cached before
+@pytest.mark.parametrize(
+    "names", [("causal", "window", "sinks"), ("dropout", "global", "re-weighted")], ids="-".join
+)
+def test_compiles_as_the_first_call_of_a_process(names):
+    code = COMPILED.replace("NAMES", repr(names))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "ok", done.stderr[-2000:]
 
 
-Q, K, CU = heads(5, 4), heads(5, 2), boundaries(2, 5)
-
-REFUSED = {
-    "rank": ((Q[0], K, K, CU), r"q must have shape \(T H D\), got \(4, 8\)"),
-    "head size of k": ((Q, K[..., :7], K, CU), r"k has D=7, .* D=8"),
-    "length of v": ((Q, K, heads(6, 2), CU), r"v has S=6, .* S=5"),
-    "head size of v": ((Q, K, heads(5, 2, 9), CU), r"v has D=9, .* D=8"),
-    "heads": ((Q, heads(5, 3), heads(5, 3), CU), r"H=4 .* K=3 .* multiple of K"),
-    "no heads": ((Q[:, :0], K, K, CU), r"H=0 .* none may be 0"),
-    "no channels": ((Q[..., :0], K[..., :0], K[..., :0], CU), r"D=0"),
-    "dtypes": ((Q, K.half(), K, CU), r"share a dtype, got torch.float32, torch.float16"),
-    "integers": ((Q.int(), K.int(), K.int(), CU), r"q has dtype torch.int32; expected"),
-    "devices": ((Q, K.to("meta"), K, CU), r"on one device, got cpu, meta and cpu"),
-    "float boundaries": ((Q, K, K, CU.float()), r"cu_seqlens_q has dtype torch.float32"),
-    "boundaries elsewhere": ((Q, K, K, CU, CU.to("meta")), r"cu_seqlens_k is on meta"),
-    "rank of boundaries": ((Q, K, K, CU[None]), r"cu_seqlens_q must have shape \(N\+1\)"),
-    "other count": ((Q, K, K, CU, CU[:2]), r"cu_seqlens_k has N\+1=2, .* N\+1=3"),
-    "no boundaries": ((Q, K, K, CU[:0]), r"cu_seqlens_q must start with 0, got \[\]"),
-    "late start": ((Q, K, K, CU[1:]), r"cu_seqlens_q must start with 0, got \[2\]"),
-    "lengths": ((Q, K, K, boundaries(3, 2)), r"cu_seqlens_q .* decrease, got 3 then 2 .* 1"),
-    "end of q": ((Q[:4], K, K, CU), r"cu_seqlens_q ends at 5, but there are 4 tokens"),
-    "end of k": ((Q, K[:4], K[:4], CU), r"cu_seqlens_q, which bounds k too, ends at 5, .* 4 tok"),
-    "own end of k": ((Q, K[:4], K[:4], CU, CU.clone()), r"cu_seqlens_k ends at 5, .* 4 tokens"),
-}
+# torch warns of what its compiler does to every autograd.Function
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("as_layout", [False, True], ids=["boundaries", "layout"])
+def test_new_batches_compile_nothing_anew(as_layout):
+    compiled = torch.compile(varlen_attention, fullgraph=True, dynamic=True, backend="aot_eager")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for n in range(6):
+        layout = PackedLayout.from_lengths([n + 2, 0, *[1] * n, n + 3])
+        q = torch.randn(layout.bounds_q[-1], 3, 8, requires_grad=True)
+        compiled(
+            q, q, q, layout if as_layout else layout.cu_seqlens_q, causal=True
+        ).sum().backward()
+    # one for the first sizes, and at most one where two of them were equal by chance
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
 
 
-@pytest.mark.parametrize("impl", ["fused", "reference"])
-@pytest.mark.parametrize("case", REFUSED)
-def test_bad_input_is_named_in_one_line(case, impl):
-    args, message = REFUSED[case]
-    with pytest.raises(ValueError, match=message) as error:
-        varlen_attention(*args, impl=impl)
-    assert "\n" not in str(error.value)
+# as above: a second number of heads makes it a symbol, beside a tensor of a known one
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("name", ["alibi_slopes", "sinks", "q_global"])
+def test_a_varying_number_of_heads_compiles(name):
+    torch._dynamo.reset()
+    compiled = torch.compile(varlen_attention, fullgraph=True, backend="aot_eager")
+    cu, options = boundaries(4, 9), {"causal": True, "window_size": (1, 0), "global_tokens": 1}
+    compiled(heads(9, 3), heads(9, 3), heads(9, 3), cu, **options)
+    q, per_head = heads(9, 4), heads(9, 4) if name == "q_global" else torch.rand(4)
+    options[name] = per_head
+    assert torch.equal(compiled(q, q, q, cu, **options), varlen_attention(q, q, q, cu, **options))
 
 
 @pytest.mark.parametrize("causal", [False, True])  # torch's kernel, and dense blocks
@@ -167,8 +212,3 @@ def test_autocast_changes_nothing_inside(causal):
     assert torch.equal(got, expected)
     for grad, want in zip(grads, torch.autograd.grad(expected.sum(), leaves), strict=True):
         assert torch.equal(grad, want)
-
-
-def test_unknown_implementation_is_refused():
-    with pytest.raises(ValueError, match=r"impl must be 'fused' or 'reference', got 'fast'"):
-        varlen_attention(Q, K, K, CU, impl="fast")
