@@ -33,8 +33,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_holds_every_module(wheel: Path):
     held = set(zipfile.ZipFile(wheel).namelist())
     assert "apical/py.typed" in held
-    for folder in ("kernels", "growth"):
-        modules = {f"apical/{p.relative_to(ROOT)}" for p in (ROOT / folder).rglob("*.py")}
+    places = {ROOT: ("kernels", "growth"), ROOT / "src" / "apical": ("hf", "packing")}
+    for top, folder in ((top, folder) for top, folders in places.items() for folder in folders):
+        modules = {f"apical/{p.relative_to(top)}" for p in (top / folder).rglob("*.py")}
         assert modules
         assert modules <= held
     assert not any(name.startswith(("tests", "bench", "kernels", "growth")) for name in held)

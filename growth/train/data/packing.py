@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ....packing import document_bounds, position_ids
 from ...continual.mixture import Mixture
 from .source import TokenSource
 
@@ -136,16 +137,15 @@ def pack(pieces: Sequence[np.ndarray], sources: Sequence[str]) -> PackedBatch:
     Shapes: each piece (tokens,) int64, at least one of them.
     """
     lengths = [len(piece) for piece in pieces]
-    starts = np.concatenate([[0], np.cumsum(lengths)])
+    bounds = document_bounds(lengths)
     ids = torch.from_numpy(np.concatenate(pieces))
     labels = ids.clone()
-    labels[starts[:-1]] = _IGNORED
-    positions = np.concatenate([np.arange(length) for length in lengths])
+    labels[bounds[:-1].long()] = _IGNORED
     return PackedBatch(
         input_ids=ids[None],
         labels=labels[None],
-        position_ids=torch.from_numpy(positions)[None],
-        cu_seqlens=torch.from_numpy(starts.astype(np.int32)),
+        position_ids=position_ids(lengths)[None],
+        cu_seqlens=bounds,
         max_seqlen=max(lengths),
         sources=list(sources),
     )
