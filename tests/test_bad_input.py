@@ -204,8 +204,8 @@ def test_a_disk_that_fills_up_while_growing(workplace, checkpoint, refused):
 
 
 def test_a_model_that_does_not_take_the_kernels_is_refused_before_the_run(workplace, refused):
-    sizes = "hidden_size: 8, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 8"
-    config = f"{{model_type: bert, is_decoder: true, {sizes}, max_position_embeddings: 64}}"
+    # a family with attention of its own
+    config = "{model_type: bloom, hidden_size: 8, n_layer: 1, n_head: 2}"
     message = refused("train", "r.yaml", "--set", f"only.model.config={config}")
     assert "stages[0].kernels" in message
     assert "write `kernels: false`" in message

@@ -11,33 +11,50 @@ if TYPE_CHECKING:
     from .growth.apply import grow
     from .growth.operators import Stack, Zero
     from .growth.shards import grow_checkpoint
-    from .hf import explain, use_kernels
+    from .hf import explain, last_layer_rows, prepack, use_kernels
     from .kernels.linear_cross_entropy import LinearCrossEntropyOutput, linear_cross_entropy
-    from .kernels.varlen_attention import varlen_attention
+    from .kernels.varlen_attention import (
+        PackedLayout,
+        flash_attn_varlen_func,
+        varlen_attention,
+    )
+    from .packing import PackedCollator, pack
 
 # read by the build as well; no metadata is needed to import from a checkout
 __version__ = "0.1.0"
 
 __all__ = [
     "LinearCrossEntropyOutput",
+    "PackedCollator",
+    "PackedLayout",
     "Stack",
     "Zero",
     "explain",
+    "flash_attn_varlen_func",
     "grow",
     "grow_checkpoint",
+    "last_layer_rows",
     "linear_cross_entropy",
+    "pack",
+    "prepack",
     "use_kernels",
     "varlen_attention",
 ]
 
 _LAZY = {
     "LinearCrossEntropyOutput": "kernels.linear_cross_entropy",
+    "PackedCollator": "packing",
+    "PackedLayout": "kernels.varlen_attention",
     "Stack": "growth.operators",
     "Zero": "growth.operators",
     "explain": "hf",
+    "flash_attn_varlen_func": "kernels.varlen_attention",
     "grow": "growth.apply",
     "grow_checkpoint": "growth.shards",
+    "last_layer_rows": "hf",
     "linear_cross_entropy": "kernels.linear_cross_entropy",
+    "pack": "packing",
+    "prepack": "hf",
     "use_kernels": "hf",
     "varlen_attention": "kernels.varlen_attention",
 }

@@ -18,6 +18,7 @@ _SHAPE = {
     "initializer_range": 0.3,
 }
 _GROUPED = _SHAPE | {"num_key_value_heads": 2}
+_MIXED = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
 # the configuration's class, the model's class, options
 _MODELS = {
     "llama": ("LlamaConfig", "LlamaForCausalLM", _GROUPED),
@@ -59,7 +60,36 @@ _MODELS = {
         "ModernBertForMaskedLM",
         _SHAPE | {"decoder_bias": False, "global_attn_every_n_layers": 1},
     ),
-    "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", _GROUPED | {"head_dim": 8}),
+    # every third layer is global
+    "modernbert-window": (
+        "ModernBertConfig",
+        "ModernBertForMaskedLM",
+        _SHAPE | {"decoder_bias": False, "local_attention": 4, "num_hidden_layers": 3},
+    ),
+    # windows are shorter than the rows of `batch`
+    "mistral-window": ("MistralConfig", "MistralForCausalLM", _GROUPED | {"sliding_window": 4}),
+    "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", _GROUPED | _MIXED | {"head_dim": 8}),
+    "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM", _GROUPED | _MIXED | {"head_dim": 8}),
+    "gpt_oss": (
+        "GptOssConfig",
+        "GptOssForCausalLM",
+        _GROUPED | _MIXED | {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "mixtral": ("MixtralConfig", "MixtralForCausalLM", _GROUPED | {"num_local_experts": 4}),
+    "roberta": ("RobertaConfig", "RobertaForMaskedLM", _SHAPE),
+    "distilbert": (
+        "DistilBertConfig",
+        "DistilBertForMaskedLM",
+        {"vocab_size": 61, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48}
+        | {"max_position_embeddings": 32, "initializer_range": 0.3}
+        | {"dropout": 0.0, "attention_dropout": 0.0},
+    ),
+    "bart": (
+        "BartConfig",
+        "BartForCausalLM",
+        {"vocab_size": 61, "d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4}
+        | {"decoder_ffn_dim": 48, "max_position_embeddings": 32, "init_std": 0.3, "dropout": 0.0},
+    ),
     "granite": ("GraniteConfig", "GraniteForCausalLM", _GROUPED),
     "cohere": ("CohereConfig", "CohereForCausalLM", _GROUPED),
     "bloom": (
@@ -67,7 +97,22 @@ _MODELS = {
         "BloomForCausalLM",
         {"vocab_size": 61, "hidden_size": 32, "n_head": 4},
     ),
-    "stablelm": ("StableLmConfig", "StableLmForCausalLM", _SHAPE),
+    "stablelm": ("StableLmConfig", "StableLmForCausalLM", _GROUPED),
+    "llama4": (
+        "Llama4TextConfig",
+        "Llama4ForCausalLM",
+        _GROUPED | {"head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 48},
+    ),
+    "qwen3_next": (
+        "Qwen3NextConfig",
+        "Qwen3NextForCausalLM",
+        _GROUPED | {"num_experts": 2, "layer_types": ["linear_attention", "full_attention"]},
+    ),
+    "mobilebert": (
+        "MobileBertConfig",
+        "MobileBertForMaskedLM",
+        _SHAPE | {"hidden_size": 64, "embedding_size": 32, "intra_bottleneck_size": 32},
+    ),
     "t5": (
         "T5Config",
         "T5ForConditionalGeneration",
@@ -110,6 +155,20 @@ def pair(build):
 
 
 @pytest.fixture
+def checkpointed():
+    """Return a function that turns gradient checkpointing on and returns the model."""
+
+    def enable(model, *, reentrant: bool = False):
+        # the second name is that of older versions
+        names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+        name = next(name for name in names if hasattr(model, name))
+        getattr(model, name)({"use_reentrant": reentrant})
+        return model
+
+    return enable
+
+
+@pytest.fixture
 def batch():
     """Return a function that builds a batch of two rows of twelve tokens: inputs and labels.
 
@@ -132,9 +191,9 @@ def batch():
         mask = torch.ones_like(ids)
         mask[0, {"left": slice(0, 4), "right": slice(8, 12), "hole": slice(3, 5)}[kind]] = 0
         labels[mask == 0] = -100
-        if kind == "hole":
+        if kind != "right":
             # what padding predicts is nobody's business
-            labels[0, 5] = -100
+            labels[0, {"left": 4, "hole": 5}[kind]] = -100
         return {"input_ids": ids, "attention_mask": mask}, labels
 
     return build_batch

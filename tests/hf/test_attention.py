@@ -1,8 +1,9 @@
 import pytest
 import torch
 from torch.nn.functional import cross_entropy, pad
-from transformers import DataCollatorWithFlattening, DynamicCache
+from transformers import DataCollatorWithFlattening
 
+from apical import PackedLayout
 from apical.hf import attention, use_kernels
 from apical.hf.layout import Layout
 
@@ -94,41 +95,59 @@ def test_packed_gradients_equal_the_sum_over_documents_trained_alone(build, caus
 
 PACKED = (5, 7)
 POSITIONS = torch.cat([torch.arange(n) for n in PACKED])[None]
+ONES = torch.ones_like(POSITIONS)
+INDEX = torch.arange(2).repeat_interleave(torch.tensor(PACKED))[None]
+OF_ROWS = ("position_ids", "attention_mask", "seq_idx")
 
 
-@pytest.mark.parametrize("name", ["llama", "bert"])  # causal; bidirectional
+# causal; bidirectional; layers that are given no positions; windows
+@pytest.mark.parametrize("name", ["llama", "bert", "distilbert", "modernbert-window"])
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize(
     "rows",
-    [1, 2],  # two packed rows: where a single cu_seq_lens per row would not do
+    [1, 2],  # two packed rows: where flash attention in transformers looks at the first alone
 )
 @pytest.mark.parametrize(
     "packing",
     [
         {"position_ids": POSITIONS},
         # a mask of ones hides the packing from the stock model
-        {"position_ids": POSITIONS, "attention_mask": True},
+        {"position_ids": POSITIONS, "attention_mask": ONES},
         {"position_ids": POSITIONS, "use_cache": False},
+        {"position_ids": POSITIONS, "seq_idx": INDEX},
+        {"position_ids": POSITIONS, "cu_seq_lens_q": None},
     ],
-    ids=["positions", "positions-and-mask", "positions-without-cache"],
+    ids=["positions", "mask", "no-cache", "index", "bounds"],
 )
 def test_packed_documents_do_not_leak(build, name, training, rows, packing):
     model = build(name, torch.float64)
     ids = torch.randint(3, 61, (rows, 12))
-    inputs = dict(packing)
-    inputs["position_ids"] = POSITIONS.expand(rows, -1)
+    inputs = {n: x.expand(rows, -1) if n in OF_ROWS else x for n, x in packing.items()}
+    if "cu_seq_lens_q" in inputs:
+        # over all rows, as flash attention has it
+        inputs["cu_seq_lens_q"] = torch.tensor([0, *PACKED * rows]).cumsum(0).int()
     alone = documents_alone(model, ids, inputs["position_ids"])
     use_kernels(model, loss=False).train(training)
-    if "attention_mask" in inputs:
-        inputs["attention_mask"] = torch.ones_like(ids)
     assert (model(input_ids=ids, **inputs).logits - alone).abs().max() <= 1e-10
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "modernbert"])
+def test_an_index_alone_bounds_documents(build):
+    model = build("llama", torch.float64)
+    ids = torch.randint(3, 61, (2, 12))
+    index = (torch.arange(12) >= 5).int().expand(2, -1)
+    # rotary embeddings, rounded to float32, see distances alone
+    alone = torch.cat([model(ids[:, :5]).logits, model(ids[:, 5:]).logits], 1)
+    packed = use_kernels(model)(ids, seq_idx=index).logits
+    assert (packed - alone).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "modernbert", "distilbert"])
 def test_collator_batches_do_not_leak(build, name):
     model = build(name, torch.float64)
     ids = torch.randint(3, 61, (1, 12))
-    collator = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_tensors="pt")
+    collator = DataCollatorWithFlattening(
+        return_flash_attn_kwargs=True, return_seq_idx=True, return_tensors="pt"
+    )
     packed = collator([{"input_ids": piece[0].tolist()} for piece in ids.split(PACKED, 1)])
     packed.pop("labels")
     alone = documents_alone(model, ids, POSITIONS)
@@ -166,59 +185,34 @@ def test_causal_model_may_be_asked_to_look_both_ways(pair, batch):
     assert (patched(**inputs).logits - theirs).abs().max() > 1e-4
 
 
-def generate(model, inputs, **options) -> torch.Tensor:
-    return model.generate(**inputs, max_new_tokens=6, min_new_tokens=6, do_sample=False, **options)
-
-
-# rows padded on the right are left out: their next token would be computed from padding
-@pytest.mark.parametrize(("kind", "use_cache"), [("full", True), ("left", True), ("left", False)])
-def test_greedy_generation_is_the_same(pair, batch, causal, kind, use_cache):
-    stock, patched = pair(causal)
-    inputs, _ = batch(kind)
-    assert torch.equal(generate(patched, inputs, use_cache=use_cache), generate(stock, inputs))
-
-
-# masks are prepared as one tensor; as one tensor per kind of layer
-@pytest.mark.parametrize("name", ["llama", "qwen2"])
-def test_generation_with_a_static_cache_is_the_same(pair, batch, name):
-    stock, patched = pair(name)
-    inputs, _ = batch("left")
-    ours = generate(patched, inputs, cache_implementation="static")
-    assert torch.equal(ours, generate(stock, inputs))
-
-
-@pytest.mark.parametrize("kind", ["full", "left"])
-def test_cached_keys_are_seen_in_pieces(pair, batch, causal, kind):
-    stock, patched = pair(causal, torch.float64)
-    inputs, labels = batch(kind)
-    expected = stock(**inputs).logits
-    mask = inputs.get("attention_mask", torch.ones_like(labels))
-    cache, pieces = DynamicCache(), []
-    # one token, several, and a piece that is partly padding
-    for begin, end in ((0, 3), (3, 8), (8, 9), (9, 12)):
-        piece = {"input_ids": inputs["input_ids"][:, begin:end], "attention_mask": mask[:, :end]}
-        pieces.append(patched(**piece, past_key_values=cache, use_cache=True).logits)
-    real = labels != -100
-    assert (torch.cat(pieces, 1) - expected)[real].abs().max() <= 1e-10
-
-
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_keeps_the_documents(build, batch, reentrant):
+def test_gradient_checkpointing_keeps_the_documents(build, batch, reentrant, checkpointed):
     model = use_kernels(build("llama", torch.float64)).train()
     inputs, labels = batch("packed")
     plain = gradients(model, model(**inputs, labels=labels).loss)
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    checkpointed(model, reentrant=reentrant)
     model.enable_input_require_grads()
     assert_equal(gradients(model, model(**inputs, labels=labels).loss), plain, 1e-12)
 
 
-def test_documents_are_worked_out_once_per_forward(build, batch, monkeypatch):
-    calls = []
-    stock = attention.layout_of
+@pytest.mark.parametrize("name", ["llama", "gemma3"])  # layers alike; layers with other windows
+@pytest.mark.parametrize("cached", [False, True])
+def test_documents_are_worked_out_once_per_forward(build, batch, monkeypatch, name, cached):
+    calls, layouts = [], []
+    stock, kernel = attention.layout_of, attention.varlen_attention
     monkeypatch.setattr(attention, "layout_of", lambda inputs: calls.append(1) or stock(inputs))
-    model = use_kernels(build("llama"))
-    model(**batch("left")[0])
-    assert len(model.model.layers) == 2
+    monkeypatch.setattr(
+        attention,
+        "varlen_attention",
+        lambda q, k, v, *documents, **options: (
+            layouts.append(documents) or kernel(q, k, v, *documents, **options)
+        ),
+    )
+    model = use_kernels(build(name))
+    model(**batch("left")[0], use_cache=cached)
+    (first,), (second,) = layouts
+    assert isinstance(first, PackedLayout)
+    assert first is second
     assert len(calls) == 1
 
 
@@ -256,8 +250,7 @@ def test_autocast_computes_like_stock(pair, batch, name):
 def test_autocast_rounds_what_comes_in_and_nothing_else():
     module = torch.nn.Module()
     # new queries on cached keys: the path of the kernel that is made of plain matrix products
-    bounds = (torch.tensor([0, 5, 10]), torch.tensor([0, 12, 24]))
-    layout = Layout(*bounds, None, None, None, None, 12)
+    layout = Layout(torch.tensor([0, 5, 10]), None, rows=(2, 5), past=7, device=torch.device("cpu"))
     query, key, value = torch.randn(3, 2, 4, 12, 8)
     query = query[:, :, 7:]
     half = torch.bfloat16

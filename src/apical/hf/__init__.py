@@ -4,6 +4,9 @@ from .._extras import require
 
 require("transformers", extra="hf", what="apical.use_kernels")
 
-from .patching import explain, use_kernels  # noqa: E402 - after the check above
+# ruff: noqa: E402 - after the check above
+from .masked_rows import last_layer_rows
+from .patching import explain, use_kernels
+from .prefill import prepack
 
-__all__ = ["explain", "use_kernels"]
+__all__ = ["explain", "last_layer_rows", "prepack", "use_kernels"]

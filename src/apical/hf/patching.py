@@ -4,7 +4,8 @@ from transformers import PreTrainedModel
 
 from .attention import NAME, PackedAttention
 from .loss import FusedLoss
-from .support import attention_refusal, loss_refusal
+from .padding import packing_refusal
+from .support import attention_refusal, attention_traits, body_of, keeps_keywords, loss_refusal
 
 # attributes of a patched instance that hold what undoes the patch
 _ATTENTION, _LOSS = "_apical_attention", "_apical_loss"
@@ -22,8 +23,10 @@ def use_kernels(
     Args:
         model: any model whose attention goes through transformers' AttentionInterface, or whose
             loss goes through its loss_function.
-        attention: attend by `varlen_attention`; packed documents never see each other, whether
-            they come by ``cu_seq_lens_q`` or by ``position_ids`` that restart.
+        attention: attend by `varlen_attention`. Packed documents never see each other, whether they
+            come by ``cu_seq_lens_q``, ``seq_idx`` or ``position_ids`` that restart. Padded rows run
+            as one packed row through all layers where no cache comes out: in training, unless
+            ``use_cache=True`` is passed, and elsewhere with ``use_cache=False``.
         loss: compute the training loss by `linear_cross_entropy`, without the logits.
         z_loss: weight of the squared log-partition in the training loss.
 
@@ -71,10 +74,27 @@ def _attention_row(model: PreTrainedModel) -> tuple[str, str, str]:
     if _ATTENTION not in vars(model):
         reason = attention_refusal(model) or "not asked for: call apical.use_kernels(model)"
     elif active == NAME:
-        reason = "varlen_attention, no attention across packed documents"
+        reason = "; ".join(_attention_notes(body_of(model)))
     else:
         reason = "chosen by set_attn_implementation after use_kernels"
     return "attention", active, f"{family}: {reason}"
+
+
+def _attention_notes(body: PreTrainedModel) -> list[str]:
+    notes = [f"varlen_attention, no attention across packed documents{_traits(body)}"]
+    refusal = packing_refusal(body)
+    if refusal is None:
+        notes.append("padding is left out of all layers")
+    else:
+        notes.append(f"padding is left out of attention alone: {refusal}")
+    keeper = keeps_keywords(body)
+    if keeper is not None:
+        notes.append(f"no gradient checkpointing: {keeper} keeps the documents from its attention")
+    return notes
+
+
+def _traits(body: PreTrainedModel) -> str:
+    return "".join(f", {trait}" for trait in attention_traits(body))
 
 
 def _loss_row(model: PreTrainedModel) -> tuple[str, str, str]:

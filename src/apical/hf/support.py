@@ -4,11 +4,11 @@ import dis
 import inspect
 
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
 
-# options of a configuration that change attention in ways the kernel does not have yet
-_ATTENTION_OPTIONS = ("attn_logit_softcapping", "attention_chunk_size", "alibi")
+# kinds of layers that varlen_attention computes
+_LAYERS = frozenset({"full_attention", "sliding_attention"})
 _DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 # options whose presence means that logits change between the head and the loss
 _LOGIT_OPTIONS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
@@ -23,34 +23,43 @@ def attention_refusal(model: PreTrainedModel) -> str | None:
         return "cross-attention is not supported yet"
     if len(_bodies(model)) != 1:
         return "a model made of several models is not supported; call use_kernels on one of them"
-    for module in _on_the_way_to_attention(body_of(model)):
-        if not _hands_keywords_on(module):
-            return f"{type(module).__name__} keeps the documents of a batch from its attention"
-    if any(name.rpartition(".")[2] == "sinks" for name, _ in model.named_parameters()):
-        return "attention sinks are not supported yet"
-    return _attention_option(config)
+    body = body_of(model)
+    if not attention_modules(body):
+        return f"no layer of {type(body).__name__} calls transformers' AttentionInterface"
+    if not body._supports_flash_attn:
+        # transformers' own word for attention that can do without a dense mask or bias
+        return f"{type(body).__name__} declares no support for flash attention"
+    return _layer_refusal(body)
 
 
-def _attention_option(config: PreTrainedConfig) -> str | None:
-    kinds = getattr(config, "layer_types", None)
-    others = sorted(set(kinds or ()) - {"full_attention"})
+def _layer_refusal(body: PreTrainedModel) -> str | None:
+    others = sorted(set(getattr(body.config, "layer_types", None) or ()) - _LAYERS)
     if others:
         return f"layers of kind {', '.join(others)} are not supported yet"
-    window = getattr(config, "sliding_window", None)
-    if kinds is None and window is not None:
-        return f"sliding_window={window} is not supported yet; set it to None for short documents"
-    for name in _ATTENTION_OPTIONS:
-        if getattr(config, name, None):
-            return f"{name}={getattr(config, name)} is not supported yet"
-    for name in _DROPOUTS:
-        if getattr(config, name, None):
-            return (
-                f"{name}={getattr(config, name)}: build the model with 0, dropout is not supported"
-            )
-    size = getattr(config, "v_head_dim", None)
-    if size is not None and size != getattr(config, "qk_head_dim", size):
-        return "values of another head size than keys are not supported yet"
+    if getattr(body.config, "alibi", None):
+        return "alibi=True is not supported through transformers, which passes no slopes"
+    convolves = any(isinstance(module, nn.Conv1d) for module in body.modules())
+    if convolves or getattr(body.config, "trigram_input", False):
+        return "a convolution mixes tokens of neighbouring documents"
     return None
+
+
+def attention_traits(body: PreTrainedModel) -> list[str]:
+    """Return what a body's attention does beyond plain attention, in words."""
+    config = body.config
+    traits = []
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
+    window = getattr(config, "sliding_window", None)
+    if window is not None and "sliding_attention" in kinds:
+        traits.append(f"sliding window {window}" + " in some layers" * (len(set(kinds)) > 1))
+    if cap := getattr(config, "attn_logit_softcapping", None):
+        traits.append(f"softcap {cap}")
+    if any(name.rpartition(".")[2] == "sinks" for name, _ in body.named_parameters()):
+        traits.append("sinks")
+    dropouts = [getattr(config, name, None) or 0.0 for name in _DROPOUTS]
+    if any(dropouts):
+        traits.append(f"dropout {max(dropouts)} in training")
+    return traits
 
 
 def loss_refusal(model: PreTrainedModel) -> str | None:
@@ -102,18 +111,20 @@ def _bodies(model: PreTrainedModel) -> list[PreTrainedModel]:
     ]
 
 
-def _on_the_way_to_attention(body: nn.Module) -> list[nn.Module]:
-    """Return the modules that call the attention interface, and those that they lie in."""
+def attention_modules(body: nn.Module) -> list[nn.Module]:
+    """Return the modules that call the attention interface."""
+    return [module for module in body.modules() if "get_interface" in _names_in_forward(module)]
+
+
+def keeps_keywords(body: nn.Module) -> str | None:
+    """Return the module that keeps keyword arguments from the attention below it, or None."""
     modules = dict(body.named_modules())
-    paths = [
-        path for path, module in modules.items() if "get_interface" in _names_in_forward(module)
-    ]
+    found = set(map(id, attention_modules(body)))
+    paths = [path for path, module in modules.items() if id(module) in found]
     above = {path.rsplit(".", up)[0] for path in paths for up in range(path.count(".") + 1)}
     # lists of layers are never called
-    return [
-        body,
-        *(modules[path] for path in above if not isinstance(modules[path], nn.ModuleList)),
-    ]
+    called = [body, *(modules[p] for p in above if not isinstance(modules[p], nn.ModuleList))]
+    return next((type(x).__name__ for x in called if not _hands_keywords_on(x)), None)
 
 
 def _hands_keywords_on(module: nn.Module) -> bool:
