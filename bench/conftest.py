@@ -35,6 +35,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         assert metafunc.module is not None
         option = metafunc.config.option
         found = metafunc.module.cases(quick=option.quick, device=option.device)
+        found = [case for case in found if option.match in case.name]
         metafunc.parametrize("case", found, ids=[case.name for case in found])
 
 

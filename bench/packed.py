@@ -14,11 +14,15 @@ Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 class Packed:
     """The inputs of one case."""
 
-    tensors: tuple[Tensor, Tensor, Tensor]  # query, key, value (T, H, D)
+    tensors: tuple[Tensor, Tensor, Tensor]  # query (T, H, D), key and value (T, K, D)
     grad: Tensor  # (T, H, D)
     lengths: list[int]
     causal: bool
     train: bool
+
+    @property
+    def grouped(self) -> bool:
+        return self.tensors[0].shape[1] != self.tensors[1].shape[1]
 
     @property
     def pairs(self) -> int:

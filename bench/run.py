@@ -43,6 +43,7 @@ def add_options(add: Callable[..., object]) -> None:
     add("--threads", type=int, default=1, help="torch's threads on the CPU")
     add("--budget", type=float, default=6.0, help="seconds of rounds per case")
     add("--limit", type=float, default=15.0, help="skip who would take longer, seconds per call")
+    add("--match", default="", help="only the cases whose name has this in it")
     add("--device", choices=["cpu", "cuda"], default=default_device())
 
 
@@ -60,7 +61,7 @@ def run_plain(names: Sequence[str], options: argparse.Namespace) -> int:
     for op in names:
         cases = functools.partial(importlib.import_module(op).cases, device=options.device)
         session.warm_up(cases(quick=True))
-        for case in cases(quick=options.quick):
+        for case in [c for c in cases(quick=options.quick) if options.match in c.name]:
             result = session.run(op, case.name, case.build())
             right &= result.ours.status == "ok"
             print(f"\n{op}: {case.name}", *report.lines(result), sep="\n  ", flush=True)
@@ -73,7 +74,7 @@ def _run_pytest(names: Sequence[str], options: argparse.Namespace) -> int:
     import pytest
 
     flags = ["--quick"] if options.quick else ["--benchmark-autosave"]
-    for name in ("output", "threads", "budget", "limit", "device"):
+    for name in ("output", "threads", "budget", "limit", "match", "device"):
         flags += [f"--{name}", str(getattr(options, name))]
     paths = [str(HERE / f"{name}.py") for name in names]
     return int(pytest.main([*paths, "--benchmark-only", "--capture=no", *flags]))

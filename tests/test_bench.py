@@ -395,7 +395,8 @@ def check_reports(folder: Path, op: str) -> None:
     data = json.loads(path.read_text())
     assert data["quick"]
     assert {file.suffix for file in folder.glob(f"{op}-*")} == {".json", ".md", ".svg"}
-    assert len(data["cases"]) == 2
+    assert len(data["cases"]) >= 2
+    raced = 0
     for case in data["cases"]:
         ours, *peers = case["providers"]
         assert ours["name"] == "ours"
@@ -403,19 +404,20 @@ def check_reports(folder: Path, op: str) -> None:
         # at this size nobody is wrong, and nobody is missing without a reason
         assert [peer["name"] for peer in peers if peer["status"] == "wrong"] == []
         assert [p["name"] for p in peers if p["status"] == "not run" and not p["reason"]] == []
-        assert sum(peer["ratio"] is not None for peer in peers) >= 5
+        raced += sum(peer["ratio"] is not None for peer in peers)
+    assert raced >= 10 if op != "packed_training" else raced >= 5
 
 
 def test_quick_run_under_pytest_benchmark(tmp_path: Path):
     done = command("all", "--output", tmp_path / "reports", tmp_path=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    for op in ("linear_cross_entropy", "varlen_attention"):
+    for op in ("linear_cross_entropy", "packed_training", "varlen_attention"):
         check_reports(tmp_path / "reports", op)
     found = json.loads((tmp_path / "pytest-benchmark.json").read_text())["benchmarks"]
-    assert len(found) == 4
+    assert len(found) >= 7
     for benchmark in found:
         ratios = [info["ratio"] for info in benchmark["extra_info"].values()]
-        assert sum(ratio is not None and ratio["median"] > 0 for ratio in ratios) >= 5
+        assert sum(ratio is not None and ratio["median"] > 0 for ratio in ratios) >= 2
 
 
 def test_quick_run_with_torch_alone(tmp_path: Path):
