@@ -204,8 +204,8 @@ def test_a_disk_that_fills_up_while_growing(workplace, checkpoint, refused):
 
 
 def test_a_model_that_does_not_take_the_kernels_is_refused_before_the_run(workplace, refused):
-    # a family with attention of its own
-    config = "{model_type: bloom, hidden_size: 8, n_layer: 1, n_head: 2}"
+    # a family with attention of its own, and a bias in the head
+    config = "{model_type: gptj, n_embd: 8, n_layer: 1, n_head: 2, rotary_dim: 2}"
     message = refused("train", "r.yaml", "--set", f"only.model.config={config}")
     assert "stages[0].kernels" in message
     assert "write `kernels: false`" in message
