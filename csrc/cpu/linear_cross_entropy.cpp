@@ -11,22 +11,8 @@
 #include <limits>
 #include <string>
 
-#define ISA baseline
-#define ISA_TARGET
-#define ISA_BYTES 16
-#include "vector_rows.h"
-
-#if defined(__x86_64__)
-#define ISA avx2
-#define ISA_TARGET __attribute__((target("avx2,fma")))
-#define ISA_BYTES 32
-#include "vector_rows.h"
-
-#define ISA avx512
-#define ISA_TARGET __attribute__((target("avx512f")))
-#define ISA_BYTES 64
-#include "vector_rows.h"
-#endif
+#define ISA_SOURCE "vector_rows.h"
+#include "each_isa.h"
 
 namespace apical {
 namespace {

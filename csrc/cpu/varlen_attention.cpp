@@ -17,22 +17,8 @@
 #include <sys/mman.h>
 #endif
 
-#define ISA baseline
-#define ISA_TARGET
-#define ISA_BYTES 16
-#include "attention_passes.h"
-
-#if defined(__x86_64__)
-#define ISA avx2
-#define ISA_TARGET __attribute__((target("avx2,fma")))
-#define ISA_BYTES 32
-#include "attention_passes.h"
-
-#define ISA avx512
-#define ISA_TARGET __attribute__((target("avx512f")))
-#define ISA_BYTES 64
-#include "attention_passes.h"
-#endif
+#define ISA_SOURCE "attention_passes.h"
+#include "each_isa.h"
 
 namespace apical {
 namespace {
