@@ -108,20 +108,6 @@ def _padded(documents: list[tuple[Tensor, Tensor]], device: str) -> dict[str, Te
     }
 
 
-def _packed(documents: list[tuple[Tensor, Tensor]], device: str) -> dict[str, Any]:
-    lengths = [len(ids) for ids, _ in documents]
-    bounds = torch.tensor([0, *lengths]).cumsum(0).int().to(device)
-    return {
-        "input_ids": torch.cat([ids for ids, _ in documents])[None].to(device),
-        "labels": torch.cat([labels for _, labels in documents])[None].to(device),
-        "position_ids": torch.cat([torch.arange(n) for n in lengths])[None].to(device),
-        "cu_seq_lens_q": bounds,
-        "cu_seq_lens_k": bounds,
-        "max_length_q": max(lengths),
-        "max_length_k": max(lengths),
-    }
-
-
 def _step(model: Any, batch: Mapping[str, Any]) -> Call:
     weight = next(
         p for name, p in model.named_parameters() if "layers.0" in name or "layer.0" in name
@@ -140,7 +126,9 @@ def _step(model: Any, batch: Mapping[str, Any]) -> Call:
 def _lineup(size: Size, device: str) -> Lineup:
     lengths = _lengths(size)
     documents = _documents(size, lengths)
-    padded, packed = _padded(documents, device), _packed(documents, device)
+    padded = _padded(documents, device)
+    row = apical.PackedCollator()([{"input_ids": i, "labels": target} for i, target in documents])
+    packed = {n: x.to(device) if isinstance(x, Tensor) else x for n, x in row.items()}
     ours, stock = apical.use_kernels(_model(size, device)), _model(size, device)
     # without a cache, and with positions alone, transformers keeps Llama's documents apart;
     # BERT's it lets see each other, so that is no peer

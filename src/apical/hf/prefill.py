@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-from ..packing.packers import pack
+from ..packing import document_bounds, pack, position_ids
 from .attention import NAME
 from .unpacking import Places, Unpacking, last_columns
 
@@ -155,14 +155,13 @@ def _forward(
     """Run one packed row of the prompts of these numbers; return their logits (n, V)."""
     row = [prompts[number] for number in numbers]
     sizes = torch.tensor([len(prompt) for prompt in row])
-    ends = sizes.cumsum(0)
-    positions = torch.cat([torch.arange(len(prompt)) for prompt in row])
+    positions = position_ids(sizes)
     # the last tokens of all prompts share the last column
     column = columns - sizes.repeat_interleave(sizes) + positions
     places = Places(torch.tensor(numbers).repeat_interleave(sizes), column, columns, model.device)
     for layer in layers:
         layer.places = places
-    bounds = torch.cat((ends.new_zeros(1), ends)).int().to(model.device)
+    bounds = document_bounds(sizes).to(model.device)
     longest = int(sizes.max())
     return model(
         input_ids=torch.cat(row)[None].to(model.device),
@@ -173,7 +172,7 @@ def _forward(
         max_length_k=longest,
         past_key_values=Cache(layers=[*layers]),
         use_cache=True,
-        logits_to_keep=(ends - 1).to(model.device),
+        logits_to_keep=bounds[1:].long() - 1,
         return_dict=True,
     ).logits[0]
 
