@@ -3,8 +3,9 @@
 Installing never compiles unless asked: `python setup.py build_ext --inplace` (or `make build`)
 builds the library beside the sources, and `APICAL_BUILD=1 pip install .` puts it in the wheel.
 
-Environment: APICAL_CUDA=0 leaves CUDA out even where nvcc is found; APICAL_CUDA_ARCHS lists the
-GPU architectures (default "80;90a"); CXX and CXXFLAGS choose and extend the compiler command.
+Environment: APICAL_CUDA=0 leaves csrc/cuda, if there is any, out even where nvcc is found;
+APICAL_CUDA_ARCHS lists the GPU architectures (default "80;90a"); CXX and CXXFLAGS choose and
+extend the compiler command.
 """
 
 import os
@@ -105,7 +106,9 @@ def link_flags(torch: Path, nvcc: str | None) -> list[str]:
 
 def ninja_file(library: Path) -> str:
     """Return the text of build.ninja that builds ``library`` from all of csrc/."""
-    torch, nvcc = torch_root(), find_nvcc()
+    torch = torch_root()
+    kernels = sorted(ROOT.glob("csrc/cuda/*.cu"))
+    nvcc = find_nvcc() if kernels else None
     cxx = os.environ.get("CXX") or find_program("g++", hint="install a C++17 compiler or set CXX")
     include = ["-isystem", str(torch / "include")]
     text = NINJA_RULES.format(
@@ -117,10 +120,10 @@ def ninja_file(library: Path) -> str:
         cuda_flags=shlex.join([*COMMON, "-Xcompiler", "-fPIC", *architecture_flags(), *include]),
         link_flags=shlex.join(link_flags(torch, nvcc)),
     )
-    sources = {"cxx": "csrc/cpu/*.cpp"} | ({"cuda": "csrc/cuda/*.cu"} if nvcc else {})
+    sources = {"cxx": sorted(ROOT.glob("csrc/cpu/*.cpp")), "cuda": kernels if nvcc else []}
     objects = []
-    for rule, pattern in sources.items():
-        for source in sorted(ROOT.glob(pattern)):
+    for rule, paths in sources.items():
+        for source in paths:
             objects.append(f"{rule}/{source.name}.o")
             text += f"build {objects[-1]}: {rule} {escape(source.resolve())}\n"
     return text + f"build {escape(library)}: link {' '.join(objects)}\n"

@@ -1,4 +1,4 @@
-"""`python bench/machine_code.py`: registers and instructions of the attention kernels.
+"""`python bench/machine_code.py`: registers and instructions of the Triton kernels.
 
 Compiles what a launch would pick on sm_80 and sm_90, without a GPU, and prints it as a Markdown
 table. Bytes of stack are registers that spilled; nothing here is a time.
@@ -11,6 +11,8 @@ import torch
 import triton
 
 from apical.kernels._common.ahead_of_time import Launch, picked, recorded
+from apical.kernels.linear_cross_entropy import _triton as loss
+from apical.kernels.linear_cross_entropy import _triton_launch as loss_launch
 from apical.kernels.varlen_attention import PackedLayout, _triton_backward, _triton_forward
 from apical.kernels.varlen_attention._rules import UNBOUNDED, Rules
 
@@ -82,6 +84,33 @@ def row(launch: Launch, capability: int, *, tokens: int, rules: str) -> tuple[ob
     )
 
 
+def loss_launches(capability: int, dtype: torch.dtype) -> list[Launch]:
+    """Return what one loss with both gradients launches, of 4096 tokens and 32768 classes."""
+    x, w = (torch.empty(n, 1024, dtype=dtype, device="meta") for n in (4096, 32768))
+    ids = torch.zeros(4096, 1, dtype=torch.int64, device="meta")
+    labels = ids, _meta(4096, 1), None, _meta(4096)
+    with recorded(capability, loss_launch) as found:
+        loss.forward(x, w, None, *labels, 0.0, 0.0, 0.0, 1.0, True, True, False)
+    return found
+
+
+def loss_row(launch: Launch, capability: int) -> tuple[object, ...]:
+    """Return one line of the loss's table."""
+    name = launch.kernel.__name__.removesuffix("_kernel")
+    found = picked(launch, capability)
+    if found is None:
+        return name, f"sm_{capability}", "nothing fits", *[""] * 6
+    choice, machine = found
+    sizes = [
+        choice.constants[x] for x in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if x in choice.constants
+    ]
+    tile = " x ".join(map(str, sizes))
+    counts = " ".join(f"{name} {n}" for name, n in machine.instructions.items() if n)
+    loads = "TMA" if choice.constants.get("TMA") else "pointers"
+    sizes = machine.warps, machine.registers, machine.stack, machine.shared // 1024
+    return name, f"sm_{capability}", loads, tile, *sizes, counts
+
+
 def cases(*, every: bool) -> list[dict[str, Any]]:
     """Return capability, rules, tokens, head size and dtype of each row: a few, or all."""
     half = torch.bfloat16
@@ -117,6 +146,16 @@ def main() -> None:
         for launch in launches(capability, rules_of_interest()[name], **case):
             cells = row(launch, capability, tokens=case["tokens"], rules=name)
             print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+    print_loss()
+
+
+def print_loss() -> None:
+    """Print the table of the loss's kernels."""
+    header = ("loss kernel", "GPU", "loads", "tile", *_HEADER[-5:])
+    print("\n| " + " | ".join(header) + " |\n" + "|---" * len(header) + "|")
+    for capability in (80, 90):
+        for launch in loss_launches(capability, torch.bfloat16):
+            print("| " + " | ".join(map(str, loss_row(launch, capability))) + " |", flush=True)
 
 
 def _meta(*shape: int) -> torch.Tensor:

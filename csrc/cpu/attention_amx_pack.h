@@ -57,9 +57,9 @@ struct Source {
 
 // (rows, size) as tiles of 16 rows and 32 channels, or, as columns, of 16 pairs of channels and 16
 // rows: the left and the right side of products along the channels; zeros up to `padded` rows
-template <bool kColumns>
+template <bool kColumns, class Fetch>
 AMX_TARGET static void pack_rows(const Source& from, int64_t padded, __m512i flip, uint16_t* to,
-                                 Ahead& ahead) {
+                                 Fetch& ahead) {
   for (int64_t r = 0; r < padded; r += kSide) {
     ahead.step();
     for (int64_t d = 0; d < from.size; d += kDeep, to += kTile) {
@@ -82,8 +82,8 @@ AMX_TARGET static inline __m512i pair_index(int first) {
 
 // (rows, size) as tiles of 16 pairs of rows and 16 channels, or, as columns, of 16 channels and 32
 // rows: the right and the left side of products along the rows
-template <bool kColumns>
-AMX_TARGET static void pack_pairs(const Source& from, const Operand& to, Ahead& ahead) {
+template <bool kColumns, class Fetch>
+AMX_TARGET static void pack_pairs(const Source& from, const Operand& to, Fetch& ahead) {
   const __m512i first = pair_index(0), last = pair_index(kSide);
   for (int64_t r = 0; r < from.rows; r += kDeep) {
     ahead.step();

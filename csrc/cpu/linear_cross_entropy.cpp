@@ -1,126 +1,98 @@
 // the softmax passes of the fused linear cross-entropy, in place on a chunk of logits
-#include "../linear_cross_entropy.h"
-#include "isa.h"
+#include "linear_cross_entropy_arguments.h"
 
 #include <torch/csrc/stable/library.h>
-
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <limits>
-#include <string>
-
-#define ISA_SOURCE "vector_rows.h"
-#include "each_isa.h"
 
 namespace apical {
 namespace {
 
-struct Loops {
-  const char* isa;
-  float (*row_max)(const float*, int64_t);
-  double (*exp_sum)(float*, int64_t, float);
-  double (*exp_sum_keep)(float*, int64_t, float);
-  void (*scale_row)(float*, int64_t, float);
-};
+using RowLosses = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-#define APICAL_LOOPS(isa) \
-  {#isa, isa::row_max, isa::exp_sum<false>, isa::exp_sum<true>, isa::scale_row}
-
-const Loops& loops() {
-  static const Loops all[] = {
-      APICAL_LOOPS(baseline),
-#if defined(__x86_64__)
-      APICAL_LOOPS(avx2),
-      APICAL_LOOPS(avx512),
-#endif
-  };
-  return all[isa()];
-}
-
-// a row's softmax, without rounding 1 - p: `rest` is the sum over every entry but the target
-struct Softmax {
-  double rest, target, nll, lse;
-};
-
-// leaves exp(logits - max) in the row when kKeep, and 0 or the logit's -inf at the target
-template <bool kKeep>
-Softmax softmax(const Loops& loops, float* row, int64_t size, int64_t target) {
-  const float logit = row[target];
-  row[target] = -std::numeric_limits<float>::infinity();
-  const float max = std::max(loops.row_max(row, size), logit);
-  const double rest = (kKeep ? loops.exp_sum_keep : loops.exp_sum)(row, size, max);
-  // 0 when the target has the largest logit: then log1p keeps a loss far below float's epsilon
-  const double below = static_cast<double>(logit) - max;
-  const double own = std::exp(below), log_sum = std::log1p(rest + (own - 1.0));
-  return {rest, own, log_sum - below, max + log_sum};
-}
-
-// d (nll + z lse^2) / d logits = (1 + 2 z lse) softmax - onehot, times scale
-void gradient_row(const Loops& loops, float* row, int64_t size, int64_t target, double scale,
-                  double z_loss, float* nll, float* lse) {
-  const Softmax s = softmax<true>(loops, row, size, target);
-  const double sum = s.rest + s.target, pull = 2.0 * z_loss * s.lse;
-  loops.scale_row(row, size, static_cast<float>(scale * (1.0 + pull) / sum));
-  row[target] = static_cast<float>(scale * (pull * s.target - s.rest) / sum);
-  *nll = static_cast<float>(s.nll);
-  *lse = static_cast<float>(s.lse);
-}
-
-void check_targets(const int64_t* target, const float* scale, int64_t rows, int64_t size) {
-  for (int64_t r = 0; r < rows; ++r) {
-    if (scale && scale[r] == 0.0f) continue;
-    STD_TORCH_CHECK(target[r] >= 0 && target[r] < size, "target[", r, "] is ", target[r],
-                    ", expected 0 <= target < V = ", size);
+// where the values of each row go
+class Losses {
+ public:
+  explicit Losses(const Tensor& logits) {
+    for (int i = 0; i < 5; ++i) {
+      tensors_.push_back(torch::stable::new_empty(logits, {logits.size(0)}));
+      values_[i] = static_cast<float*>(tensors_[i].mutable_data_ptr());
+    }
   }
-}
 
-std::tuple<Tensor, Tensor> softmax_grad(Tensor logits, const Tensor& target, const Tensor& scale,
-                                        double z_loss) {
-  check_rows(logits, target);
-  check_vector(scale, "scale", ScalarType::Float, logits.size(0));
-  const int64_t rows = logits.size(0), size = logits.size(1);
-  auto* p = static_cast<float*>(logits.mutable_data_ptr());
-  const auto* t = static_cast<const int64_t*>(target.const_data_ptr());
-  const auto* s = static_cast<const float*>(scale.const_data_ptr());
-  check_targets(t, s, rows, size);
-  auto [nll, lse] = new_row_values(logits);
-  auto* n = static_cast<float*>(nll.mutable_data_ptr());
-  auto* l = static_cast<float*>(lse.mutable_data_ptr());
-  // chosen here: an error must not be thrown inside parallel_for
-  const Loops& best = loops();
-  torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+  void put(int64_t r, const RowLoss& row) const {
+    const double all[] = {row.loss, row.nll, row.lse, row.entropy, row.correct};
+    for (int i = 0; i < 5; ++i) values_[i][r] = static_cast<float>(all[i]);
+  }
+
+  RowLosses result() const {
+    return {tensors_[0], tensors_[1], tensors_[2], tensors_[3], tensors_[4]};
+  }
+
+ private:
+  std::vector<Tensor> tensors_;
+  float* values_[5];
+};
+
+// errors are thrown before: they must not be inside parallel_for
+template <class Step>
+void each_row(const LossJob& job, const Step& step) {
+  torch::stable::parallel_for(0, job.rows, 1, [&](int64_t begin, int64_t end) {
+    LossScratch scratch(job);
     for (int64_t r = begin; r < end; ++r) {
-      if (s[r] == 0.0f) {
-        std::fill_n(p + r * size, size, 0.0f);
-        n[r] = l[r] = 0.0f;
-      } else {
-        gradient_row(best, p + r * size, size, t[r], s[r], z_loss, n + r, l + r);
-      }
+      LossRow row(job, r, scratch);
+      step(r, row);
     }
   });
-  return {nll, lse};
 }
 
-std::tuple<Tensor, Tensor> softmax_nll(Tensor logits, const Tensor& target) {
-  check_rows(logits, target);
-  const int64_t rows = logits.size(0), size = logits.size(1);
-  auto* p = static_cast<float*>(logits.mutable_data_ptr());
-  const auto* t = static_cast<const int64_t*>(target.const_data_ptr());
-  check_targets(t, nullptr, rows, size);
-  auto [nll, lse] = new_row_values(logits);
-  auto* n = static_cast<float*>(nll.mutable_data_ptr());
-  auto* l = static_cast<float*>(lse.mutable_data_ptr());
-  const Loops& best = loops();
-  torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) {
-      const Softmax s = softmax<false>(best, p + r * size, size, t[r]);
-      n[r] = static_cast<float>(s.nll);
-      l[r] = static_cast<float>(s.lse);
+RowLosses softmax_gradient(Tensor logits, const std::optional<Tensor>& bias, const Tensor& ids,
+                           const Tensor& id_weight, const std::optional<Tensor>& class_weight,
+                           const Tensor& token_weight, double smoothing, double z_loss,
+                           double softcap, double logit_scale, std::optional<Tensor> half) {
+  const LossJob job = job_of({logits, bias, ids, id_weight, class_weight, half},
+                             {smoothing, z_loss, softcap, logit_scale});
+  const float* weight = row_values(token_weight, "token_weight", job.rows);
+  check_ids(job, weight);
+  const Losses losses(logits);
+  each_row(job, [&](int64_t r, LossRow& row) {
+    if (weight[r] == 0) {
+      row.clear();
+      losses.put(r, {});
+    } else {
+      losses.put(r, row.loss());
+      row.gradient({weight[r], 0.0, 0.0});
     }
   });
-  return {nll, lse};
+  return losses.result();
+}
+
+RowLosses softmax_statistics(Tensor logits, const std::optional<Tensor>& bias, const Tensor& ids,
+                             const Tensor& id_weight, const std::optional<Tensor>& class_weight,
+                             double smoothing, double z_loss, double softcap,
+                             double logit_scale) {
+  const LossJob job = job_of({logits, bias, ids, id_weight, class_weight, std::nullopt},
+                             {smoothing, z_loss, softcap, logit_scale});
+  check_ids(job, nullptr);
+  const Losses losses(logits);
+  each_row(job, [&](int64_t r, LossRow& row) { losses.put(r, row.loss()); });
+  return losses.result();
+}
+
+void softmax_backward(Tensor logits, const std::optional<Tensor>& bias, const Tensor& ids,
+                      const Tensor& id_weight, const std::optional<Tensor>& class_weight,
+                      const Tensor& grad_loss, const std::optional<Tensor>& grad_nll,
+                      const std::optional<Tensor>& grad_lse, const Tensor& lse, double smoothing,
+                      double z_loss, double softcap, double logit_scale,
+                      std::optional<Tensor> half) {
+  const LossJob job = job_of({logits, bias, ids, id_weight, class_weight, half},
+                             {smoothing, z_loss, softcap, logit_scale});
+  check_ids(job, nullptr);
+  const float* up = row_values(grad_loss, "grad_loss", job.rows);
+  const float* up_nll = grad_nll ? row_values(*grad_nll, "grad_nll", job.rows) : nullptr;
+  const float* up_lse = grad_lse ? row_values(*grad_lse, "grad_lse", job.rows) : nullptr;
+  const float* known = row_values(lse, "lse", job.rows);
+  each_row(job, [&](int64_t r, LossRow& row) {
+    row.gradient({up[r], up_nll ? up_nll[r] : 0.0, up_lse ? up_lse[r] : 0.0}, known[r]);
+  });
 }
 
 std::string cpu_isa() { return loops().isa; }
@@ -129,18 +101,31 @@ std::string cpu_isa() { return loops().isa; }
 }  // namespace apical
 
 STABLE_TORCH_LIBRARY_FRAGMENT(apical, m) {
-  // rows with scale 0 are ignored: their target is not read, and they become 0
-  m.def("softmax_grad_(Tensor(a!) logits, Tensor target, Tensor scale, float z_loss)"
-        " -> (Tensor nll, Tensor lse)");
+  // logits (R, V) are raw products, become scale * (raw + bias), capped, and then the gradient of
+  // the sum of token_weight * loss with respect to the raw products, unless that goes to half, in
+  // bfloat16. The first of the ids (R, K) is the target. Rows with token_weight 0 are left out:
+  // their ids are not read, all their results are 0
+  m.def("softmax_gradient_(Tensor(a!) logits, Tensor? bias, Tensor ids, Tensor id_weight,"
+        " Tensor? class_weight, Tensor token_weight, float smoothing, float z_loss,"
+        " float softcap, float logit_scale, Tensor(b!)? half)"
+        " -> (Tensor loss, Tensor nll, Tensor lse, Tensor entropy, Tensor correct)");
   // the loss alone; logits are scratch
-  m.def("softmax_nll_(Tensor(a!) logits, Tensor target) -> (Tensor nll, Tensor lse)");
+  m.def("softmax_statistics_(Tensor(a!) logits, Tensor? bias, Tensor ids, Tensor id_weight,"
+        " Tensor? class_weight, float smoothing, float z_loss, float softcap, float logit_scale)"
+        " -> (Tensor loss, Tensor nll, Tensor lse, Tensor entropy, Tensor correct)");
+  // the gradient alone, where lse is known, of grad_loss * loss + grad_nll * nll + grad_lse * lse
+  m.def("softmax_backward_(Tensor(a!) logits, Tensor? bias, Tensor ids, Tensor id_weight,"
+        " Tensor? class_weight, Tensor grad_loss, Tensor? grad_nll, Tensor? grad_lse, Tensor lse,"
+        " float smoothing, float z_loss, float softcap, float logit_scale, Tensor(b!)? half)"
+        " -> ()");
   // the instruction set that the CPU passes use
   m.def("cpu_isa() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(apical, CPU, m) {
-  m.impl("softmax_grad_", TORCH_BOX(&apical::softmax_grad));
-  m.impl("softmax_nll_", TORCH_BOX(&apical::softmax_nll));
+  m.impl("softmax_gradient_", TORCH_BOX(&apical::softmax_gradient));
+  m.impl("softmax_statistics_", TORCH_BOX(&apical::softmax_statistics));
+  m.impl("softmax_backward_", TORCH_BOX(&apical::softmax_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(apical, CompositeExplicitAutograd, m) {

@@ -6,20 +6,13 @@
 
 #include <atomic>
 #include <cmath>
-#include <cstdlib>
 #include <memory>
 #include <optional>
 #include <vector>
 
-// compilers without these instructions leave the operations out, and `supported` says so
-#if defined(__x86_64__) && defined(__linux__) && __has_include(<amxbf16intrin.h>)
-#define APICAL_AMX 1
-// gcc 12 warns of its own intrinsics (bug 105593)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
+#include "amx.h"
 
+#ifdef APICAL_AMX
 #include "attention_amx_backward.h"
 #include "attention_amx_forward.h"
 #endif
@@ -31,23 +24,6 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 #ifdef APICAL_AMX
-bool ask_for_amx() {
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  const bool tiles = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & 1u << 22) && (d & 1u << 24);
-  const bool bfloat16 = __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 5);
-  // these ask whether the system keeps the registers, too
-  const bool vectors = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                       __builtin_cpu_supports("avx512vl");
-  // the system hands out the tile registers to a process that asks: ARCH_REQ_XCOMP_PERM, tile data
-  return tiles && bfloat16 && vectors && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
-}
-
-// a narrower set of instructions that the environment names has none of this
-bool supported() {
-  static const bool found = !std::getenv("APICAL_ISA") && ask_for_amx();
-  return found;
-}
-
 template <typename T>
 amx::View<T> view(const Tensor& tensor, const char* name) {
   constexpr bool is_float = sizeof(T) == 4;
@@ -64,7 +40,7 @@ amx::View<T> view(const Tensor& tensor, const char* name) {
 
 amx::Job job_of(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
                 const Tensor& lse, double scale, int64_t left, int64_t right, int64_t limit) {
-  STD_TORCH_CHECK(supported(), "this processor has no matrix unit for bfloat16 (AMX)");
+  STD_TORCH_CHECK(amx_supported(), "this processor has no matrix unit for bfloat16 (AMX)");
   STD_TORCH_CHECK(k.size(1) > 0 && q.size(1) % k.size(1) == 0, "H must be a multiple of K");
   amx::Job job{};
   job.q = view<uint16_t>(q, "q"), job.k = view<uint16_t>(k, "k"), job.v = view<uint16_t>(v, "v");
@@ -165,8 +141,6 @@ void attention_backward(const Tensor& grad_out, const std::optional<Tensor>& gra
   job.grad_k = view<uint16_t>(grad_k, "grad_k"), job.grad_v = view<uint16_t>(grad_v, "grad_v");
   run(job, documents_of(documents, q.size(0), k.size(0)), true);
 }
-#else
-bool supported() { return false; }
 #endif
 
 }  // namespace
@@ -182,7 +156,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(apical, m) {
   m.def("varlen_attention_amx_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k,"
         " Tensor v, Tensor out, Tensor lse, Tensor documents, float scale, int left, int right,"
         " int limit, Tensor(a!) grad_q, Tensor(b!) grad_k, Tensor(c!) grad_v) -> ()");
-  m.def("varlen_attention_amx_supported() -> bool");
 }
 
 #ifdef APICAL_AMX
@@ -192,6 +165,3 @@ STABLE_TORCH_LIBRARY_IMPL(apical, CPU, m) {
 }
 #endif
 
-STABLE_TORCH_LIBRARY_IMPL(apical, CompositeExplicitAutograd, m) {
-  m.impl("varlen_attention_amx_supported", TORCH_BOX(&apical::supported));
-}

@@ -31,11 +31,12 @@ ISA_TARGET static inline Floats load_tail(const float* from, int64_t count) {
 // keeps b where either is NaN, as the x86 instruction does
 ISA_TARGET static inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 
-// exp(x) for x <= 0, within 2 units in the last place; 0 where the result is not a normal number
-ISA_TARGET static inline Floats exp_nonpositive(Floats x) {
-  // adding 1.5 * 2^23 rounds to an integer, which is left in the low bits
-  const Floats shifted = x * 1.44269504088896341f + 12582912.0f;
-  const Floats n = shifted - 12582912.0f;
+// exp(x) for -88.03 <= x <= 0, within 2 units in the last place; 0 at the lower end
+ISA_TARGET static inline Floats exp_in_range(Floats x) {
+  // adding 1.5 * 2^23 rounds to an integer; 127 more, and its low bits are the power's exponent
+  const float magic = 12582912.0f + 127.0f;
+  const Floats shifted = x * 1.44269504088896341f + magic;
+  const Floats n = shifted - magic;
   // ln 2 in two parts, of which n times the first is exact
   const Floats r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
   Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
@@ -43,9 +44,14 @@ ISA_TARGET static inline Floats exp_nonpositive(Floats x) {
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  const Floats power = (Floats)(((Ints)shifted << 23) + 0x3f800000);
-  return x < -87.33654f ? Floats{} : p * power;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  return p * (Floats)((Ints)shifted << 23);
+}
+
+// exp(x) for x <= 0; 0 where the result is not a normal number
+ISA_TARGET static inline Floats exp_nonpositive(Floats x) {
+  return x < -87.33654f ? Floats{} : exp_in_range(x);
 }
 
 ISA_TARGET static inline double sum_lanes(Floats values) {

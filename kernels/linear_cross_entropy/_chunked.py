@@ -1,104 +1,165 @@
-"""Chunks of rows: logits, softmax and both gradients of a chunk, before the next one starts."""
+"""Chunks of rows: logits, softmax and the gradients of a chunk, before the next one starts."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .._common import native
+from . import _passes as passes
+from ._passes import Labels, Upstream
+from ._products import products_for
+from ._rules import Rules
 
 # bytes of float32 logits at a time, and the rows that this may mean: fewer make the matrix
 # products slow, more make the softmax pass read from further away (bench/linear_cross_entropy.py)
 _CHUNK_BYTES = 48e6
 _CHUNK_ROWS = (256, 1024)
 
+# a chunk's rows, its products, and where the gradient goes in half precision if it does
+Pass = Callable[[Tensor, Tensor, Tensor | None], None]
+
+
+class Wanted(NamedTuple):
+    """Which gradients are asked for."""
+
+    input: bool
+    weight: bool
+    bias: bool
+
 
 def forward(
     input: Tensor,  # noqa: A002
     linear_weight: Tensor,
-    target: Tensor,
+    linear_bias: Tensor | None,
+    ids: Tensor,
+    id_weight: Tensor,
+    class_weight: Tensor | None,
     token_weight: Tensor,
-    z_loss: float,
-    input_grad: bool,
-    weight_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return nll, lse (T,) and the float32 gradients of the weighted loss, (0,) if not wanted."""
-    T, H = input.shape
+    *numbers: Any,
+) -> tuple[Tensor, ...]:
+    """Return loss, nll, lse, entropy, correct (T,) and the gradients of the weighted loss."""
+    rules, wanted = Rules(*numbers[:4]), Wanted(*numbers[4:])
+    bias = None if linear_bias is None else linear_bias.float()
+    values = no_values(token_weight)
+
+    def softmax(rows: Tensor, logits: Tensor, half: Tensor | None) -> None:
+        labels = Labels(ids[rows], id_weight[rows], class_weight)
+        if any(wanted):
+            found = passes.gradient_(logits, bias, labels, token_weight[rows], rules, half)
+        else:
+            found = passes.statistics_(logits, bias, labels, rules)
+        keep(values, rows, found)
+
+    grads = sweep(input, linear_weight, token_weight.nonzero().squeeze(1), wanted, softmax)
+    return *values, *grads
+
+
+def backward(
+    grad_loss: Tensor,
+    grad_nll: Tensor | None,
+    grad_lse: Tensor | None,
+    input: Tensor,  # noqa: A002
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    ids: Tensor,
+    id_weight: Tensor,
+    class_weight: Tensor | None,
+    lse: Tensor,
+    valid: Tensor,
+    *numbers: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients for upstream gradients of every token, from logits made again."""
+    upstream = Upstream(grad_loss, grad_nll, grad_lse)
+    rules, wanted = Rules(*numbers[:4]), Wanted(*numbers[4:])
+    bias = None if linear_bias is None else linear_bias.float()
+
+    def softmax(rows: Tensor, logits: Tensor, half: Tensor | None) -> None:
+        labels = Labels(ids[rows], id_weight[rows], class_weight)
+        passes.backward_(logits, bias, labels, at_rows(upstream, rows), lse[rows], rules, half)
+
+    return sweep(input, linear_weight, asked_for(upstream, valid), wanted, softmax)
+
+
+def sweep(
+    input: Tensor,  # noqa: A002
+    linear_weight: Tensor,
+    active: Tensor,
+    wanted: Wanted,
+    softmax: Pass,
+    vocabulary: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the pass over the active rows, a chunk at a time; return the gradients it leaves.
+
+    Gradients are float32, of shape (0,) where not wanted. Chunks are cut for so large a
+    vocabulary, by default for linear_weight's.
+    """
     V = linear_weight.shape[0]
-    active = token_weight.nonzero().squeeze(1)
-    nll, lse = (input.new_zeros(T, dtype=torch.float32) for _ in range(2))
-    grad_input = input.new_zeros((T, H) if input_grad else 0, dtype=torch.float32)
-    # the first chunk overwrites it, which saves filling it
-    new = input.new_empty if len(active) else input.new_zeros
-    grad_weight = new((V, H) if weight_grad else 0, dtype=torch.float32)
-    # everything else runs in float32: once per call, not once per chunk
-    W = linear_weight.float()
-    buffer = None
-    for rows in _chunks(active, V):
-        x = input[rows].float()  # (C, H)
-        first = buffer is None
-        buffer = x.new_empty(len(rows), V) if buffer is None else buffer
-        logits = torch.mm(x, W.t(), out=buffer[: len(rows)])  # (C, V)
-        if not (input_grad or weight_grad):
-            nll[rows], lse[rows] = _nll(logits, target[rows])
-            continue
-        nll[rows], lse[rows] = _gradient_(logits, target[rows], token_weight[rows], z_loss)
-        if input_grad:
-            grad_input[rows] = logits @ W
-        if weight_grad:
-            grad_weight.addmm_(logits.t(), x, beta=0 if first else 1)
-    return nll, lse, grad_input, grad_weight
+    grads = _no_gradients(input, linear_weight, wanted, filled=not len(active))
+    products = products_for(input, linear_weight, len(active))
+    logits = half = None
+    for rows in chunks(active, vocabulary or V):
+        first, x = logits is None, input[rows].to(products.dtype)  # (C, H)
+        if logits is None:
+            logits = input.new_empty(len(rows), V, dtype=torch.float32)
+            if any(wanted) and products.dtype != torch.float32:
+                half = torch.empty_like(logits, dtype=products.dtype)
+        raw = products.logits(x, logits[: len(rows)])  # (C, V)
+        grad = raw if half is None else half[: len(rows)]
+        softmax(rows, raw, None if half is None else grad)
+        if wanted.input:
+            grads[0][rows] = products.grad_input(grad)
+        if wanted.weight:
+            products.add_grad_weight(grad, x, grads[1], first)
+        if wanted.bias:
+            grads[2].add_(grad.sum(0, dtype=torch.float32))
+    return grads
 
 
-def _chunks(rows: Tensor, V: int) -> Iterator[Tensor]:
+def chunks(rows: Tensor, V: int) -> Iterator[Tensor]:
     """Yield the rows in order, in chunks of equal size up to one."""
     low, high = _CHUNK_ROWS
     size = min(max(round(_CHUNK_BYTES / (4 * V)), low), high)
     count = -(-len(rows) // size)
-    # the first chunk is the largest: the others reuse its buffer
+    # the first chunk is the largest: the others reuse its buffers
     yield from rows.tensor_split(count) if count else ()
 
 
-def _nll(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Return nll and lse of each row; the logits are scratch."""
-    if _has_native(logits.device):
-        return torch.ops.apical.softmax_nll_(logits, target)
-    _, _, nll, lse = _softmax_(logits, target)
-    return nll.float(), lse.float()
+def asked_for(upstream: Upstream, valid: Tensor) -> Tensor:
+    """Return the valid rows that have a gradient other than 0."""
+    some = torch.stack([grad != 0 for grad in upstream if grad is not None]).any(0)
+    return (some & valid).nonzero().squeeze(1)
 
 
-def _gradient_(
-    logits: Tensor, target: Tensor, scale: Tensor, z_loss: float
-) -> tuple[Tensor, Tensor]:
-    """Turn logits into scale x d (nll + z_loss lse^2) / d logits; return nll and lse."""
-    if _has_native(logits.device):
-        return torch.ops.apical.softmax_grad_(logits, target, scale, z_loss)
-    rest, own, nll, lse = _softmax_(logits, target)
-    pull, per_sum = 2 * z_loss * lse, scale / (rest + own)
-    logits.mul_(((1 + pull) * per_sum).float()[:, None])
-    at_target = (pull * own - rest) * per_sum
-    logits.scatter_(1, target[:, None], at_target.float()[:, None])
-    return nll.float(), lse.float()
+def at_rows(upstream: Upstream, rows: Tensor) -> Upstream:
+    """Return the upstream gradients of these rows."""
+    loss, nll, lse = (None if grad is None else grad[rows] for grad in upstream)
+    assert loss is not None
+    return Upstream(loss, nll, lse)
 
 
-def _softmax_(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Turn logits into exp(logits - max), 0 at the target.
-
-    Returns, in float64, the sum of that, the target's own exponential, nll and lse. The target is
-    kept apart so that neither a small loss nor a small gradient is the rest of 1 - 1.
-    """
-    column = target[:, None]
-    logit = logits.gather(1, column)  # (C, 1)
-    logits.scatter_(1, column, float("-inf"))
-    top = torch.maximum(logits.amax(1, keepdim=True), logit)
-    rest = logits.sub_(top).exp_().sum(1).double()  # (C,)
-    below = (logit.double() - top).squeeze(1)
-    own = below.exp()
-    log_sum = torch.log1p(rest + (own - 1))
-    return rest, own, log_sum - below, top.squeeze(1) + log_sum
+def keep(values: list[Tensor], rows: Tensor, found: passes.Values) -> None:
+    """Write a chunk's values to their rows."""
+    for all_rows, chunk in zip(values, found, strict=True):
+        all_rows[rows] = chunk
 
 
-def _has_native(device: torch.device) -> bool:
-    return native.loaded() and torch._C._dispatch_has_kernel_for_dispatch_key(
-        "apical::softmax_grad_", device.type.upper()
+def no_values(like: Tensor) -> list[Tensor]:
+    """Return loss, nll, lse, entropy and correct of tokens that are all left out."""
+    return [torch.zeros_like(like) for _ in range(5)]
+
+
+def _no_gradients(
+    input: Tensor,  # noqa: A002
+    linear_weight: Tensor,
+    wanted: Wanted,
+    filled: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    V = linear_weight.shape[0]
+    # the first chunk overwrites the weights' gradient, which saves filling it
+    new = input.new_zeros if filled else input.new_empty
+    return (
+        input.new_zeros(input.shape if wanted.input else 0, dtype=torch.float32),
+        new(linear_weight.shape if wanted.weight else 0, dtype=torch.float32),
+        input.new_zeros(V if wanted.bias else 0, dtype=torch.float32),
     )

@@ -1,27 +1,29 @@
-"""The public function: checks its arguments, chooses the implementation, binds the gradients."""
+"""The public function: checks its arguments, chooses the implementation, reduces."""
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .._common.shapes import bind_shapes
+from . import _checks as check
 from . import ops
+from ._autograd import Operands, per_token, reduced
+from ._labels import Lookup, at_ids, targets
+from ._rules import Rules
 
-_DTYPES = {
-    "fused": (torch.float32, torch.bfloat16, torch.float16),
-    "reference": (torch.float64, torch.float32, torch.bfloat16, torch.float16),
-}
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class LinearCrossEntropyOutput(NamedTuple):
-    """The loss to differentiate, and its parts, detached."""
+    """The loss to differentiate, and what else is known of the tokens, in float32."""
 
-    loss: Tensor  # scalar, or (T,) for reduction="none"
+    loss: Tensor  # scalar, or target's shape for reduction="none"
     nll: Tensor  # (T,)
     lse: Tensor  # (T,)
     z: Tensor  # scalar
+    accuracy: Tensor  # scalar
+    entropy: Tensor  # (T,)
 
 
 def linear_cross_entropy(
@@ -29,203 +31,134 @@ def linear_cross_entropy(
     linear_weight: Tensor,
     target: Tensor,
     *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
     reduction: str = "mean",
     ignore_index: int = -100,
+    label_smoothing: float = 0.0,
     z_loss: float = 0.0,
-    num_items: int | Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    token_weight: Tensor | None = None,
+    num_items: float | Tensor | None = None,
+    soft_ids: Tensor | None = None,
+    soft_weights: Tensor | None = None,
+    process_group: "ProcessGroup | None" = None,
     impl: str = "fused",
 ) -> LinearCrossEntropyOutput:
     """Return the cross-entropy of ``input @ linear_weight.T`` without keeping the logits.
 
-    Shapes: input (..., H), taken as (T, H); linear_weight (V, H); target (...) int64; loss a
-    scalar, or (T,) for reduction "none"; nll, lse (T,), 0 where ignored; z a scalar.
-    Precision: logits, sums and gradients in float32 whatever the inputs' dtypes, outputs float32;
-    a gradient is rounded once, to its argument's dtype. Deterministic.
+    With ``s = logit_scale * (input @ linear_weight.T + linear_bias)``, capped by softcap to ``z``,
+    and ``lse = logsumexp(z)``, a token's loss is ``lse - z[target]``, plus ``z_loss * lse ** 2``.
+
+    Shapes: input (..., H), taken as (T, H); linear_weight (V, H); linear_bias, weight (V,);
+    target, token_weight (...); soft_ids, soft_weights (..., S). Result: loss a scalar, or (...) for
+    reduction "none"; nll, lse, entropy (T,), 0 where ignored; z and accuracy scalars. nll is the
+    plain one, without weights and smoothing; z is what z_loss has added to the loss; accuracy is
+    the share of tokens whose target has the largest logit. With "none" loss, nll and lse are
+    differentiable, else loss alone.
+    Precision: logits and sums in float32 or better whatever the inputs' dtypes, outputs float32; a
+    gradient is rounded once, to its argument's dtype. Deterministic.
 
     Args:
-        input: hidden states; may require grad or not, as may linear_weight.
+        input: hidden states; may require grad or not, as may linear_weight and linear_bias.
         linear_weight: the output projection; its dtype may differ from input's, as in autocast.
-        target: the label of each token.
+        target: int64, the label of each token.
+        linear_bias: added to the products.
+        weight: weight of each class, as torch's: of labels and, in smoothing, of every entry.
         reduction: "mean", "sum" or "none". With "none" nothing is known of the upstream gradient,
             so the backward computes the logits again: 8/6 of the work.
         ignore_index: label of tokens that are left out altogether: they cost nothing, and may hold
             anything, NaN included.
+        label_smoothing: share of the label that is spread evenly over the vocabulary, 0 to 1.
         z_loss: weight of lse^2, which is added to the loss of every token.
-        num_items: what "mean" divides by; by default the number of tokens that are not ignored.
-            Zero tokens give loss 0 and zero gradients.
+        softcap: c of ``c * tanh(s / c)``; None: no cap.
+        logit_scale: factor on products and bias.
+        token_weight: factor on each token's loss; 0 leaves a token out as ignore_index does.
+        num_items: what "mean" divides by; by default the number of tokens that are not ignored,
+            or, with class weights, the sum of their targets' weights; token_weight has no part in
+            it. Zero gives loss 0 and zero gradients.
+        soft_ids: int64, further labels of each token, such as a teacher's most likely tokens.
+        soft_weights: their shares of the label; the target has what they leave of 1. Ids that
+            occur twice add up; a share of 0 makes an id a filler.
+        process_group: the ranks whose linear_weight, linear_bias and weight are slices of the
+            vocabulary, in rank order. The other arguments, ids of the whole vocabulary among them,
+            are the same on all ranks, and so are the result and input's gradient.
         impl: "fused" (chunks of logits, gradients computed with the loss) or "reference" (plain
             PyTorch in the inputs' precision, at least float32, differentiable twice).
 
     Raises:
         ValueError: shapes, dtypes or devices disagree, an option is unknown, or, on the CPU, a
             label is neither ignore_index nor in 0 .. V - 1.
-        NotImplementedError: linear_weight is sharded.
+        NotImplementedError: a tensor is sharded by torch (a DTensor).
 
-    Source: z_loss: PaLM, arXiv:2204.02311, section 5; everything in one pass over chunks: ours,
-    after the chunked losses that the README lists.
+    Source: z_loss: PaLM, arXiv:2204.02311, section 5; soft labels: SALT, arXiv:2410.18779;
+    everything in one pass over chunks: ours, after the chunked losses that the README lists.
     """
-    _check_options(reduction, z_loss, num_items, impl)
-    _check_tensors(input, linear_weight, target, impl)
-    flat, labels = input.reshape(-1, input.shape[-1]), target.reshape(-1)
-    valid = labels != ignore_index  # (T,)
-    denominator = _denominator(valid, reduction, num_items)
-    if impl == "reference":
-        from . import _reference as reference
-
-        ops.check_labels(labels, valid, linear_weight.shape[0])
-        values = reference.forward(flat, linear_weight, labels, valid)
-        return _reduce(*values, denominator, reduction, z_loss)
-    if reduction == "none":
-        loss, nll, lse = _PerToken.apply(flat, linear_weight, labels, valid, z_loss)
-        return LinearCrossEntropyOutput(loss, nll, lse, z_loss * lse.square().sum())
-    grads = (_wants_grad(flat), _wants_grad(linear_weight))
-    args = (flat, linear_weight, labels, valid, denominator, z_loss, *grads)
-    return LinearCrossEntropyOutput(*_Reduced.apply(*args))
-
-
-def _check_options(
-    reduction: str, z_loss: float, num_items: int | Tensor | None, impl: str
-) -> None:
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
-    if impl not in _DTYPES:
-        raise ValueError(f"impl must be 'fused' or 'reference', got {impl!r}")
-    if not 0 <= z_loss < float("inf"):
-        raise ValueError(f"z_loss must be a finite number >= 0, got {z_loss}")
-    if num_items is None:
-        return
-    if reduction != "mean":
-        raise ValueError(f"num_items is what 'mean' divides by; reduction is {reduction!r}")
-    if isinstance(num_items, Tensor) and num_items.numel() != 1:
-        raise ValueError(f"num_items must be one number, got shape {tuple(num_items.shape)}")
-    if not isinstance(num_items, Tensor) and num_items < 0:
-        raise ValueError(f"num_items must be a count of tokens, got {num_items}")
-
-
-def _check_tensors(input: Tensor, weight: Tensor, target: Tensor, impl: str) -> None:  # noqa: A002
-    if hasattr(weight, "full_tensor"):
-        raise NotImplementedError(
-            "linear_weight is sharded (a DTensor); pass linear_weight.full_tensor()"
-        )
-    if input.ndim < 1 or input.shape[:-1] != target.shape:
-        raise ValueError(
-            f"target must have input's shape without the last axis, got target "
-            f"{tuple(target.shape)} and input {tuple(input.shape)}"
-        )
-    bind_shapes(linear_weight=(weight, "V H"), input=(input.reshape(-1, input.shape[-1]), "T H"))
-    if target.dtype != torch.int64:
-        raise ValueError(f"target must be int64, got {target.dtype}; use target.long()")
-    if not input.device == weight.device == target.device:
-        raise ValueError(
-            f"input, linear_weight and target must be on one device, got {input.device}, "
-            f"{weight.device} and {target.device}"
-        )
-    for name, tensor in (("input", input), ("linear_weight", weight)):
-        if tensor.dtype not in _DTYPES[impl]:
-            raise ValueError(
-                f"{name} is {tensor.dtype}; impl='fused' takes float32, bfloat16 and float16, "
-                "impl='reference' also float64"
-            )
-
-
-def _wants_grad(tensor: Tensor) -> bool:
-    return tensor.requires_grad and torch.is_grad_enabled()
-
-
-def _denominator(valid: Tensor, reduction: str, num_items: int | Tensor | None) -> Tensor:
-    """Return what the sum of the losses is divided by: a float32 scalar, at least 1."""
-    if reduction != "mean":
-        return torch.ones((), device=valid.device)
-    if num_items is None:
-        return valid.sum().clamp(min=1).float()
-    return torch.as_tensor(num_items, device=valid.device).reshape(()).float().clamp(min=1)
-
-
-def _reduce(
-    nll: Tensor, lse: Tensor, denominator: Tensor, reduction: str, z_loss: float
-) -> LinearCrossEntropyOutput:
-    """Combine differentiable values per token into the result."""
-    z_per_token = z_loss * lse.square()
-    z = z_per_token.sum() / denominator
-    loss = nll + z_per_token if reduction == "none" else nll.sum() / denominator + z
-    return LinearCrossEntropyOutput(
-        loss, nll.detach().float(), lse.detach().float(), z.detach().float()
+    check.choices(reduction, impl, grouped=process_group is not None)
+    check.numbers(label_smoothing, z_loss, softcap, logit_scale)
+    check.items(num_items, reduction)
+    check.operands(input, linear_weight, linear_bias, weight, target, impl)
+    check.shares(target, token_weight, soft_ids, soft_weights)
+    backend, lookup = _backend(process_group, linear_weight)
+    dtype = _label_dtype(input, linear_weight, impl)
+    labels = targets(
+        target.reshape(-1),
+        weight,
+        token_weight,
+        None if soft_ids is None or soft_weights is None else (soft_ids, soft_weights),
+        ignore_index=ignore_index,
+        smoothing=label_smoothing,
+        divide=reduction == "mean",
+        num_items=num_items,
+        dtype=dtype,
+        lookup=lookup,
     )
+    rows, classes = input.reshape(-1, input.shape[-1]), None if weight is None else weight.to(dtype)
+    operands = Operands(rows, linear_weight, linear_bias, labels.ids, labels.id_weight, classes)
+    rules = Rules(label_smoothing, z_loss, softcap or 0.0, logit_scale)
+    scale = labels.token_weight / labels.denominator
+    bind = _reference if impl == "reference" else per_token if reduction == "none" else reduced
+    loss, *values = bind(operands, scale, rules, backend)
+    if reduction != "none":
+        loss, *values = loss.sum(), *(value.detach() for value in values)
+    return _output(loss, *values, scale, z_loss, target.shape)
 
 
-class _Reduced(torch.autograd.Function):
-    """Mean or sum: the upstream gradient is one number, so the gradients come with the loss."""
+def _backend(group: "ProcessGroup | None", linear_weight: Tensor) -> tuple[Any, Lookup]:
+    """Return what has the ops' forward and backward, and what reads class weights."""
+    if group is None:
+        return ops, at_ids
+    from ._parallel import Slices
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,  # noqa: A002
-        linear_weight: Tensor,
-        target: Tensor,
-        valid: Tensor,
-        denominator: Tensor,
-        z_loss: float,
-        input_grad: bool,
-        weight_grad: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        nll, lse, grad_input, grad_weight = ops.forward(
-            input, linear_weight, target, valid / denominator, z_loss, input_grad, weight_grad
-        )
-        # kept in float32: half precision would lose them before a loss scaler's factor arrives
-        ctx.save_for_backward(grad_input, grad_weight)
-        ctx.wanted = (input_grad and input.dtype, weight_grad and linear_weight.dtype)
-        z = z_loss * lse.square().sum() / denominator
-        ctx.mark_non_differentiable(nll, lse, z)
-        return nll.sum() / denominator + z, nll, lse, z
-
-    @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, *grads: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        # never in place, nor as they are: a retained graph needs them again
-        scaled = [
-            (saved * grads[0]).to(dtype) if dtype else None
-            for saved, dtype in zip(ctx.saved_tensors, ctx.wanted, strict=True)
-        ]
-        return (*scaled, None, None, None, None, None, None)
+    slices = Slices(group, linear_weight)
+    return slices, slices.at_ids
 
 
-class _PerToken(torch.autograd.Function):
-    """One loss per token: the backward computes the logits again, weighted by its gradients."""
+def _label_dtype(input: Tensor, linear_weight: Tensor, impl: str) -> torch.dtype:  # noqa: A002
+    if impl == "fused":
+        return torch.float32
+    return torch.promote_types(input.dtype, torch.promote_types(linear_weight.dtype, torch.float32))
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,  # noqa: A002
-        linear_weight: Tensor,
-        target: Tensor,
-        valid: Tensor,
-        z_loss: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        nll, lse, _, _ = ops.forward(
-            input, linear_weight, target, valid.float(), z_loss, False, False
-        )
-        ctx.save_for_backward(input, linear_weight, target, valid)
-        ctx.z_loss = z_loss
-        ctx.mark_non_differentiable(nll, lse)
-        return nll + z_loss * lse.square(), nll, lse
 
-    @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, *grads: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        input, linear_weight, target, valid = ctx.saved_tensors  # noqa: A001
-        token_weight = torch.where(valid, grads[0], 0.0)
-        wanted = ctx.needs_input_grad[:2]
-        grad_input, grad_weight = ops.backward(
-            token_weight, input, linear_weight, target, ctx.z_loss, *wanted
-        )
-        return (
-            grad_input.to(input.dtype) if wanted[0] else None,
-            grad_weight.to(linear_weight.dtype) if wanted[1] else None,
-            None,
-            None,
-            None,
-        )
+def _reference(operands: Operands, scale: Tensor, rules: Rules, backend: Any) -> tuple[Tensor, ...]:
+    from . import _reference as reference
+
+    ops.check_labels(operands.ids, scale != 0, operands.linear_weight.shape[0])
+    return reference.forward(operands, scale, rules)
+
+
+def _output(
+    loss: Tensor,
+    nll: Tensor,
+    lse: Tensor,
+    entropy: Tensor,
+    correct: Tensor,
+    scale: Tensor,
+    z_loss: float,
+    shape: torch.Size,
+) -> LinearCrossEntropyOutput:
+    z = z_loss * (scale * lse.detach().square()).sum()
+    accuracy = correct.sum() / (scale != 0).sum().clamp(min=1)
+    loss = loss.reshape(shape) if loss.ndim else loss
+    return LinearCrossEntropyOutput(loss, nll, lse, z, accuracy, entropy)

@@ -1,71 +1,84 @@
 """Operator contracts of the loss: schemas, fake kernels, lazy dispatch, and the check of labels."""
 
+from types import ModuleType
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .._common.autocast import outside_autocast
 
-# tokens with weight 0 are left out: nll and lse 0, no gradient, and nothing of them is read.
-# gradients are float32, of shape (0,) where not asked for.
+_OPERANDS = "Tensor input, Tensor linear_weight, Tensor? linear_bias, "
+_LABELS = "Tensor ids, Tensor id_weight, Tensor? class_weight, "
+_RULES = (
+    "float smoothing, float z_loss, float softcap, float logit_scale, "
+    "bool input_grad, bool weight_grad, bool bias_grad"
+)
+_GRADIENTS = "Tensor grad_input, Tensor grad_weight, Tensor grad_bias"
+
+# ids (T, K): the target first; tokens of weight 0 are left out, nothing of them is read. loss is
+# without token_weight, the gradients are with it: float32, of shape (0,) where not asked for.
 torch.library.define(
     "apical::linear_cross_entropy_forward",
-    "(Tensor input, Tensor linear_weight, Tensor target, Tensor token_weight, float z_loss, "
-    "bool input_grad, bool weight_grad) "
-    "-> (Tensor nll, Tensor lse, Tensor grad_input, Tensor grad_weight)",
+    f"({_OPERANDS}{_LABELS}Tensor token_weight, {_RULES}) "
+    f"-> (Tensor loss, Tensor nll, Tensor lse, Tensor entropy, Tensor correct, {_GRADIENTS})",
 )
 torch.library.define(
     "apical::linear_cross_entropy_backward",
-    "(Tensor token_weight, Tensor input, Tensor linear_weight, Tensor target, float z_loss, "
-    "bool input_grad, bool weight_grad) -> (Tensor grad_input, Tensor grad_weight)",
+    f"(Tensor grad_loss, Tensor? grad_nll, Tensor? grad_lse, {_OPERANDS}{_LABELS}"
+    f"Tensor lse, Tensor valid, {_RULES}) -> ({_GRADIENTS})",
 )
 
 
-def check_labels(target: Tensor, valid: Tensor, vocabulary: int) -> None:
+def check_labels(ids: Tensor, valid: Tensor, vocabulary: int) -> None:
     """Raise where a valid label is not in 0 .. V - 1; only on the CPU, elsewhere it would wait."""
-    if target.device.type != "cpu":
+    if ids.device.type != "cpu":
         return
-    wrong = target[valid & ((target < 0) | (target >= vocabulary))]
-    if wrong.numel():
-        raise ValueError(
-            f"target holds the label {wrong[0].item()}, but linear_weight has V={vocabulary} rows; "
-            f"expected 0 <= label < {vocabulary}, or ignore_index"
-        )
+    wrong = ((ids < 0) | (ids >= vocabulary)) & valid[:, None]
+    if not wrong.any():
+        return
+    row, column = wrong.nonzero()[0].tolist()
+    name = "soft_ids holds" if column else "target holds"
+    raise ValueError(
+        f"{name} the label {ids[row, column].item()}, but linear_weight has V={vocabulary} rows; "
+        f"expected 0 <= label < {vocabulary}, or a target of ignore_index"
+    )
+
+
+def _backend(input: Tensor, linear_weight: Tensor) -> ModuleType:  # noqa: A002
+    from . import _chunked as chunked
+    from . import _triton as compiled
+
+    return compiled if compiled.takes(input, linear_weight) else chunked
 
 
 @outside_autocast
 def _forward(
     input: Tensor,  # noqa: A002
     linear_weight: Tensor,
-    target: Tensor,
+    linear_bias: Tensor | None,
+    ids: Tensor,
+    id_weight: Tensor,
+    class_weight: Tensor | None,
     token_weight: Tensor,
-    z_loss: float,
-    input_grad: bool,
-    weight_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from . import _chunked as chunked
-
-    check_labels(target, token_weight != 0, linear_weight.shape[0])
-    return chunked.forward(
-        input, linear_weight, target, token_weight, z_loss, input_grad, weight_grad
-    )
+    *numbers: float,
+) -> tuple[Tensor, ...]:
+    check_labels(ids, token_weight != 0, linear_weight.shape[0])
+    operands, labels = (input, linear_weight, linear_bias), (ids, id_weight, class_weight)
+    return _backend(input, linear_weight).forward(*operands, *labels, token_weight, *numbers)
 
 
 @outside_autocast
 def _backward(
-    token_weight: Tensor,
+    grad_loss: Tensor,
+    grad_nll: Tensor | None,
+    grad_lse: Tensor | None,
     input: Tensor,  # noqa: A002
     linear_weight: Tensor,
-    target: Tensor,
-    z_loss: float,
-    input_grad: bool,
-    weight_grad: bool,
-) -> tuple[Tensor, Tensor]:
-    from . import _chunked as chunked
-
-    _, _, grad_input, grad_weight = chunked.forward(
-        input, linear_weight, target, token_weight, z_loss, input_grad, weight_grad
-    )
-    return grad_input, grad_weight
+    *others: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    backend, upstream = _backend(input, linear_weight), (grad_loss, grad_nll, grad_lse)
+    return backend.backward(*upstream, input, linear_weight, *others)
 
 
 for _device in ("CPU", "CUDA"):
@@ -78,22 +91,33 @@ def _fake_grads(
     linear_weight: Tensor,
     input_grad: bool,
     weight_grad: bool,
-) -> tuple[Tensor, Tensor]:
-    return (
-        input.new_empty(input.shape if input_grad else 0, dtype=torch.float32),
-        input.new_empty(linear_weight.shape if weight_grad else 0, dtype=torch.float32),
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    shapes = (
+        input.shape if input_grad else 0,
+        linear_weight.shape if weight_grad else 0,
+        linear_weight.shape[0] if bias_grad else 0,
     )
+    new = [input.new_empty(shape, dtype=torch.float32) for shape in shapes]
+    return new[0], new[1], new[2]
 
 
 @torch.library.register_fake("apical::linear_cross_entropy_forward")
-def _(input, linear_weight, target, token_weight, z_loss, input_grad, weight_grad):  # noqa: A002
-    nll, lse = (input.new_empty(input.shape[0], dtype=torch.float32) for _ in range(2))
-    return nll, lse, *_fake_grads(input, linear_weight, input_grad, weight_grad)
+def _(input: Tensor, linear_weight: Tensor, *others: Any) -> tuple[Tensor, ...]:  # noqa: A002
+    values = [input.new_empty(input.shape[0], dtype=torch.float32) for _ in range(5)]
+    return *values, *_fake_grads(input, linear_weight, *others[-3:])
 
 
 @torch.library.register_fake("apical::linear_cross_entropy_backward")
-def _(token_weight, input, linear_weight, target, z_loss, input_grad, weight_grad):  # noqa: A002
-    return _fake_grads(input, linear_weight, input_grad, weight_grad)
+def _(
+    grad_loss: Tensor,
+    grad_nll: Tensor | None,
+    grad_lse: Tensor | None,
+    input: Tensor,  # noqa: A002
+    linear_weight: Tensor,
+    *others: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _fake_grads(input, linear_weight, *others[-3:])
 
 
 forward = torch.ops.apical.linear_cross_entropy_forward.default

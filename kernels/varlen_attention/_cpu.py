@@ -25,9 +25,7 @@ def takes(q: Tensor, v: Tensor, rules: Rules) -> bool:
 def _has_matrix_units(q: Tensor, rules: Rules) -> bool:
     # AMX: bfloat16 alone, and scores that are no more than masked products
     simple = rules._replace(sinks=None).plain
-    return (
-        q.dtype == torch.bfloat16 and simple and torch.ops.apical.varlen_attention_amx_supported()
-    )
+    return q.dtype == torch.bfloat16 and simple and torch.ops.apical.amx_supported()
 
 
 def forward(

@@ -13,18 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._common.triton_launch import capability, compiled_by, launch
 from ._layout import PackedLayout
 from ._rules import Rules
 from ._tiles import Tiles
-from ._triton_launch import (
-    Configuration,
-    capability,
-    compiled_by,
-    fits_tma,
-    launch,
-    padded,
-    rows_of,
-)
+from ._triton_launch import Configuration, fits_tma, padded, rows_of
 from ._triton_rules import (
     LN2,
     LOG2E,

@@ -102,34 +102,34 @@ def _ops() -> dict[str, dict[str, str]]:
 
 
 def _attention(device: str) -> dict[str, str]:
-    loaded, why = native.status()
     loop = "PyTorch, one document at a time"
     if device != "cpu":
-        return _triton_attention(loop)
-    if not loaded:
-        return {"active": loop, "why": f"the C++ library is {why}"}
-    units = torch.ops.apical.varlen_attention_amx_supported()
-    sets = f"{torch.ops.apical.cpu_isa()}{', bfloat16 on AMX' if units else ''}"
-    return {"active": f"C++ in {why}, {sets}", "why": "float64 stays in PyTorch"}
-
-
-def _triton_attention(loop: str) -> dict[str, str]:
-    major, minor = torch.cuda.get_device_capability()
-    if find_spec("triton") is None:
-        return {"active": loop, "why": "triton is not installed"}
-    if (major, minor) < (8, 0):
-        return {"active": loop, "why": f"compute capability {major}.{minor} is below 8.0"}
-    return {"active": f"Triton {version('triton')}", "why": "float64 stays in PyTorch"}
+        return _on_a_gpu(loop, "float64 stays in PyTorch")
+    return _on_the_cpu(loop, "C++", "float64 stays in PyTorch")
 
 
 def _cross_entropy(device: str) -> dict[str, str]:
-    loaded, why = native.status()
+    loop = "PyTorch, in chunks"
+    if device != "cpu":
+        return _on_a_gpu(loop, "float32 stays in PyTorch, in chunks")
+    return _on_the_cpu(loop, f"{loop}, softmax pass", "the library is loaded")
+
+
+def _on_the_cpu(without: str, active: str, why: str) -> dict[str, str]:
+    loaded, name = native.status()
     if not loaded:
-        return {"active": "PyTorch, in chunks", "why": f"the C++ library is {why}"}
-    # the library may have been built without CUDA
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("apical::softmax_grad_", device.upper()):
-        return {"active": "PyTorch, in chunks", "why": f"{why} is built without {device}"}
-    return {"active": f"PyTorch, in chunks, softmax pass in {why}", "why": "the library is loaded"}
+        return {"active": without, "why": f"the C++ library is {name}"}
+    units = ", bfloat16 on AMX" if torch.ops.apical.amx_supported() else ""
+    return {"active": f"{active} in {name}, {torch.ops.apical.cpu_isa()}{units}", "why": why}
+
+
+def _on_a_gpu(without: str, why: str) -> dict[str, str]:
+    major, minor = torch.cuda.get_device_capability()
+    if find_spec("triton") is None:
+        return {"active": without, "why": "triton is not installed"}
+    if (major, minor) < (8, 0):
+        return {"active": without, "why": f"compute capability {major}.{minor} is below 8.0"}
+    return {"active": f"Triton {version('triton')}", "why": why}
 
 
 def _package(name: str, extra: str | None) -> dict[str, str | None]:

@@ -18,7 +18,7 @@ UNBOUNDED = 2**31 - 1
 
 
 def supported() -> bool:
-    return native.loaded() and torch.ops.apical.varlen_attention_amx_supported()
+    return native.loaded() and torch.ops.apical.amx_supported()
 
 
 needs_amx = pytest.mark.skipif(not supported(), reason="no library, or no matrix unit")
@@ -264,7 +264,7 @@ def test_a_named_instruction_set_leaves_it_out():
     code = """
 import torch
 from apical.kernels._common import native
-assert native.loaded() and not torch.ops.apical.varlen_attention_amx_supported()
+assert native.loaded() and not torch.ops.apical.amx_supported()
 """
     environment = {**os.environ, "APICAL_ISA": "baseline"}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)

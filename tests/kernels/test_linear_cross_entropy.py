@@ -1,67 +1,34 @@
 """The fused loss against float64, and the ways in which such losses have been wrong before."""
 
-import importlib
 from itertools import chain
 
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from apical import linear_cross_entropy
-from apical.kernels._common import native
 
-chunked = importlib.import_module("apical.kernels.linear_cross_entropy._chunked")
+from .linear_cross_entropy_cases import (
+    PASSES,
+    chunked,
+    definition,
+    force,
+    grad_of,
+    leaf,
+    relative,
+    sample,
+)
 
-IGNORE = -100
 
-
-@pytest.fixture(params=["native", "torch"])
+@pytest.fixture(params=PASSES)
 def softmax_pass(request, monkeypatch):
-    """Both passes over a chunk: the C++ library's, and the one for machines without it."""
-    if request.param == "torch":
-        monkeypatch.setattr(chunked, "_has_native", lambda device: False)
-    elif not native.loaded():
-        pytest.skip(native.status()[1])
-    return request.param
+    force(request.param, monkeypatch)
 
 
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Chunks of at most 64 rows, so that small inputs have several."""
     monkeypatch.setattr(chunked, "_CHUNK_ROWS", (64, 64))
-
-
-def leaf(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.detach().to(dtype).clone().requires_grad_()
-
-
-def sample(T: int, V: int, H: int = 24, ignored: float = 0.3) -> tuple[Tensor, Tensor, Tensor]:
-    target = torch.randint(0, V, (T,))
-    target[torch.rand(T) < ignored] = IGNORE
-    return torch.randn(T, H), torch.randn(V, H) * H**-0.5, target
-
-
-def plain(x: Tensor, W: Tensor, y: Tensor, reduction: str, z_loss: float) -> list[Tensor]:
-    """What a user writes by hand: loss, nll, lse, z."""
-    logits = F.linear(x, W)
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    valid = y != IGNORE
-    nll = F.cross_entropy(logits, y, reduction="none", ignore_index=IGNORE)
-    lse = torch.where(valid, logits.logsumexp(1), 0.0)
-    divisor = valid.sum().clamp(min=1) if reduction == "mean" else 1
-    per_token = nll + z_loss * lse.square()
-    loss = per_token if reduction == "none" else per_token.sum() / divisor
-    return [loss, nll, lse, z_loss * lse.square().sum() / divisor]
-
-
-def grad_of(tensor: Tensor) -> Tensor:
-    assert tensor.grad is not None
-    return tensor.grad
-
-
-def relative(actual: Tensor, exact: Tensor) -> float:
-    return ((actual.double() - exact).norm() / exact.norm()).item()
 
 
 # tokens: none, one, and both sides of a chunk boundary; vocabularies: no multiple of a vector, the
@@ -81,12 +48,14 @@ def test_matches_float64(T, V, dtype, reduction, check_error):
     exact = (leaf(x, torch.float64), leaf(W, torch.float64))
     by_hand = (leaf(x, dtype), leaf(W, dtype))
     actual = linear_cross_entropy(*ours, y, reduction=reduction, z_loss=z_loss)
-    truth, peer = (plain(*args, y, reduction, z_loss) for args in (exact, by_hand))
+    truth, peer = (
+        definition(*args, y, reduction=reduction, z_loss=z_loss) for args in (exact, by_hand)
+    )
     for name, a, e, p in zip(actual._fields, actual, truth, peer, strict=True):
         check_error(a, e, p, name)
     actual.loss.backward(upstream)
-    truth[0].backward(upstream.double())
-    peer[0].backward(upstream)
+    truth.loss.backward(upstream.double())
+    peer.loss.backward(upstream)
     for name, a, e, p in zip(("input", "weight"), ours, exact, by_hand, strict=True):
         check_error(grad_of(a), grad_of(e), grad_of(p), f"gradient of {name}")
 
@@ -96,12 +65,12 @@ def test_reference_is_the_definition(reduction):
     x, W, y = sample(50, 31)
     ours, exact = ((leaf(x, torch.float64), leaf(W, torch.float64)) for _ in range(2))
     actual = linear_cross_entropy(*ours, y, reduction=reduction, z_loss=1e-2, impl="reference")
-    truth = plain(*exact, y, reduction, 1e-2)
+    truth = definition(*exact, y, reduction=reduction, z_loss=1e-2)
     assert actual.loss.dtype == torch.float64
     for a, e in zip(actual, truth, strict=True):
         torch.testing.assert_close(a.double(), e, rtol=1e-6, atol=0)
     actual.loss.sum().backward()
-    truth[0].sum().backward()
+    truth.loss.sum().backward()
     for a, e in zip(ours, exact, strict=True):
         torch.testing.assert_close(grad_of(a), grad_of(e), rtol=1e-12, atol=1e-14)
 
@@ -134,12 +103,13 @@ def regime(name: str) -> tuple[Tensor, Tensor, Tensor]:
     ("dtype", "grad_error"), [(torch.float32, 4e-6), (torch.bfloat16, 3e-3)], ids=str
 )
 @pytest.mark.parametrize("name", ["random", "wide", "trained", "memorised", "extreme"])
-def test_accurate_in_every_regime(name, dtype, grad_error):
+@pytest.mark.parametrize("reduction", ["mean", "none"])  # both ways to the gradients
+def test_accurate_in_every_regime(name, reduction, dtype, grad_error):
     x, W, y = regime(name)
     ours = (leaf(x, dtype), leaf(W, dtype))
     exact = (leaf(ours[0], torch.float64), leaf(ours[1], torch.float64))
-    actual = linear_cross_entropy(*ours, y).loss
-    truth = plain(*exact, y, "mean", 0.0)[0]
+    actual = linear_cross_entropy(*ours, y, reduction=reduction).loss.mean()
+    truth = definition(*exact, y).loss
     # memorised: what is left is the rounding of the logits, about 30 x 2^-24
     assert abs(actual.item() / truth.item() - 1) <= (4e-6 if name == "memorised" else 1e-6)
     actual.backward()
@@ -168,7 +138,7 @@ def test_chunk_count_changes_nothing(monkeypatch, dtype):
 def test_chunks_cover_the_rows_within_the_budget():
     for V in (31, 4096, 49152, 262144):
         for count in (0, 1, 255, 256, 257, 2049):
-            parts = [part.tolist() for part in chunked._chunks(torch.arange(count), V)]
+            parts = [part.tolist() for part in chunked.chunks(torch.arange(count), V)]
             assert list(chain.from_iterable(parts)) == list(range(count))
             assert all(0 < len(part) <= len(parts[0]) for part in parts)
             assert all(4 * V * len(part) <= 49e6 or len(part) <= 256 for part in parts)
@@ -198,7 +168,7 @@ def test_per_token_gradients_use_their_own_weight(weights):
     ours = (leaf(x, torch.float32), leaf(W, torch.float32))
     exact = (leaf(x, torch.float64), leaf(W, torch.float64))
     (linear_cross_entropy(*ours, y, reduction="none").loss * upstream).sum().backward()
-    (plain(*exact, y, "none", 0.0)[0] * upstream.double()).sum().backward()
+    (definition(*exact, y, reduction="none").loss * upstream.double()).sum().backward()
     for a, e in zip(ours, exact, strict=True):
         assert relative(grad_of(a), grad_of(e)) <= 2e-6
 
@@ -262,7 +232,7 @@ def test_half_precision_survives_a_loss_scaler():
     exact = (leaf(x.half() / 64, torch.float64), leaf(W.half() / 64, torch.float64))
     ours = (leaf(x.half() / 64, torch.float16), leaf(W.half() / 64, torch.float16))
     (linear_cross_entropy(*ours, y).loss * 2.0**16).backward()
-    (plain(*exact, y, "mean", 0.0)[0] * 2.0**16).backward()
+    (definition(*exact, y).loss * 2.0**16).backward()
     for a, e in zip(ours, exact, strict=True):
         assert relative(grad_of(a), grad_of(e)) <= 1e-3
 
@@ -272,7 +242,7 @@ def test_mixed_dtypes_as_under_autocast():
     ours = (leaf(x, torch.bfloat16), leaf(W, torch.float32))
     exact = (leaf(ours[0], torch.float64), leaf(W, torch.float64))
     linear_cross_entropy(*ours, y).loss.backward()
-    plain(*exact, y, "mean", 0.0)[0].backward()
+    definition(*exact, y).loss.backward()
     assert (grad_of(ours[0]).dtype, grad_of(ours[1]).dtype) == (torch.bfloat16, torch.float32)
     assert relative(grad_of(ours[0]), grad_of(exact[0])) <= 3e-3
     assert relative(grad_of(ours[1]), grad_of(exact[1])) <= 1e-6
@@ -283,5 +253,5 @@ def test_tied_weights_add_up():
     ids = torch.randint(0, 31, (50,))
     ours, exact = leaf(W, torch.float32), leaf(W, torch.float64)
     linear_cross_entropy(ours[ids].tanh(), ours, y).loss.backward()
-    plain(exact[ids].tanh(), exact, y, "mean", 0.0)[0].backward()
+    definition(exact[ids].tanh(), exact, y).loss.backward()
     assert relative(grad_of(ours), grad_of(exact)) <= 1e-6

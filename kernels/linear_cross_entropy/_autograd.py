@@ -1,0 +1,127 @@
+"""How the loss is bound to autograd: gradients come with it, or, of losses per token, later."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import ops
+from ._rules import Rules
+
+
+class Operands(NamedTuple):
+    """The tensors of a call: the first three may require grad."""
+
+    input: Tensor  # (T, H)
+    linear_weight: Tensor  # (V, H)
+    linear_bias: Tensor | None  # (V,)
+    ids: Tensor  # (T, K)
+    id_weight: Tensor  # (T, K)
+    class_weight: Tensor | None  # (V,)
+
+    def wanted(self) -> tuple[bool, bool, bool]:
+        """Return which of the first three want a gradient."""
+        on = torch.is_grad_enabled()
+        first, second, third = (t is not None and t.requires_grad and on for t in self[:3])
+        return first, second, third
+
+
+def reduced(
+    operands: Operands, token_weight: Tensor, rules: Rules, backend: Any = ops
+) -> tuple[Tensor, ...]:
+    """Return the sum of token_weight x loss, then nll, lse, entropy, correct (T,), detached."""
+    return _Reduced.apply(backend, rules, operands.wanted(), token_weight, *operands)
+
+
+def per_token(
+    operands: Operands, token_weight: Tensor, rules: Rules, backend: Any = ops
+) -> tuple[Tensor, ...]:
+    """Return token_weight x loss, nll, lse, entropy, correct (T,); the first three with grad."""
+    return _PerToken.apply(backend, rules, token_weight, *operands)
+
+
+class _Reduced(torch.autograd.Function):
+    """One loss: its upstream gradient is one number, so the gradients come with it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        backend: Any,
+        rules: Rules,
+        wanted: tuple[bool, bool, bool],
+        token_weight: Tensor,
+        *operands: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        loss, *values, grad_input, grad_weight, grad_bias = backend.forward(
+            *operands, token_weight, *rules, *wanted
+        )
+        # kept in float32: half precision would lose them before a loss scaler's factor arrives
+        ctx.grads = (grad_input, grad_weight, grad_bias)
+        ctx.save_for_backward(*operands, token_weight)
+        ctx.rules, ctx.wanted, ctx.backend = rules, wanted, backend
+        ctx.dtypes = _dtypes(operands, wanted)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*values)
+        return (loss * token_weight).sum(), *values
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *upstream: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        # handed over without a copy; a graph that is retained computes them again
+        grads, ctx.grads = ctx.grads or _again(ctx), None
+        scaled = [
+            grad.mul_(upstream[0]).to(dtype) if dtype else None
+            for grad, dtype in zip(grads, ctx.dtypes, strict=True)
+        ]
+        return None, None, None, None, *scaled, None, None, None
+
+
+def _again(ctx: Any) -> tuple[Tensor, ...]:
+    return ctx.backend.forward(*ctx.saved_tensors, *ctx.rules, *ctx.wanted)[-3:]
+
+
+def _dtypes(operands: Sequence[Tensor | None], wanted: tuple[bool, ...]) -> list[Any]:
+    return [
+        t.dtype if t is not None and want else None
+        for t, want in zip(operands[:3], wanted, strict=True)
+    ]
+
+
+class _PerToken(torch.autograd.Function):
+    """One loss per token: the backward computes the logits again, weighted by its gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        backend: Any,
+        rules: Rules,
+        token_weight: Tensor,
+        *operands: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        values = backend.forward(*operands, token_weight, *rules, False, False, False)[:5]
+        loss, nll, lse, entropy, correct = values
+        ctx.save_for_backward(*operands, token_weight, lse)
+        ctx.rules, ctx.backend = rules, backend
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(entropy, correct)
+        return loss * token_weight, nll, lse, entropy, correct
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *upstream: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        *operands, token_weight, lse = ctx.saved_tensors
+        loss, nll, lse_grad = upstream[:3]
+        grad_loss = torch.zeros_like(lse) if loss is None else loss * token_weight
+        wanted = ctx.needs_input_grad[3:6]
+        grads = ctx.backend.backward(
+            grad_loss, nll, lse_grad, *operands, lse, token_weight != 0, *ctx.rules, *wanted
+        )
+        dtypes = _dtypes(operands, wanted)
+        rounded = [g.to(d) if d else None for g, d in zip(grads, dtypes, strict=True)]
+        return None, None, None, *rounded, None, None, None
