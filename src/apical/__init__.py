@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from .growth.operators import Stack, Zero
     from .growth.shards import grow_checkpoint
     from .hf import explain, last_layer_rows, prepack, use_kernels
+    from .kernels.emo_loss import emo_loss
     from .kernels.linear_cross_entropy import LinearCrossEntropyOutput, linear_cross_entropy
+    from .kernels.spherical_loss import spherical_loss
     from .kernels.varlen_attention import (
         PackedLayout,
         flash_attn_varlen_func,
@@ -29,6 +31,7 @@ __all__ = [
     "PackedLayout",
     "Stack",
     "Zero",
+    "emo_loss",
     "explain",
     "flash_attn_varlen_func",
     "grow",
@@ -37,6 +40,7 @@ __all__ = [
     "linear_cross_entropy",
     "pack",
     "prepack",
+    "spherical_loss",
     "use_kernels",
     "varlen_attention",
 ]
@@ -47,6 +51,7 @@ _LAZY = {
     "PackedLayout": "kernels.varlen_attention",
     "Stack": "growth.operators",
     "Zero": "growth.operators",
+    "emo_loss": "kernels.emo_loss",
     "explain": "hf",
     "flash_attn_varlen_func": "kernels.varlen_attention",
     "grow": "growth.apply",
@@ -55,6 +60,7 @@ _LAZY = {
     "linear_cross_entropy": "kernels.linear_cross_entropy",
     "pack": "packing",
     "prepack": "hf",
+    "spherical_loss": "kernels.spherical_loss",
     "use_kernels": "hf",
     "varlen_attention": "kernels.varlen_attention",
 }

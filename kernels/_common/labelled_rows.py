@@ -1,0 +1,87 @@
+"""Losses of labelled rows: what they check of their arguments, and what a mean divides by."""
+
+import torch
+from torch import Tensor
+
+from .shapes import bind_shapes
+
+_DTYPES = {
+    "fused": (torch.float32, torch.bfloat16, torch.float16),
+    "reference": (torch.float64, torch.float32, torch.bfloat16, torch.float16),
+}
+
+
+def check_options(
+    reduction: str, reductions: tuple[str, ...], num_items: int | Tensor | None, impl: str
+) -> None:
+    """Raise ValueError unless the options that all these losses share make sense together."""
+    if reduction not in reductions:
+        raise ValueError(f"reduction must be one of {reductions}, got {reduction!r}")
+    if impl not in _DTYPES:
+        raise ValueError(f"impl must be 'fused' or 'reference', got {impl!r}")
+    if num_items is None:
+        return
+    if reduction != "mean":
+        raise ValueError(f"num_items is what 'mean' divides by; reduction is {reduction!r}")
+    if isinstance(num_items, Tensor) and num_items.numel() != 1:
+        raise ValueError(f"num_items must be one number, got shape {tuple(num_items.shape)}")
+    if not isinstance(num_items, Tensor) and num_items < 0:
+        raise ValueError(f"num_items must be a count of tokens, got {num_items}")
+
+
+def check_tensors(
+    input: Tensor,  # noqa: A002
+    linear_weight: Tensor,
+    target: Tensor,
+    impl: str,
+    **others: tuple[Tensor, str],
+) -> None:
+    """Raise unless input (..., H), linear_weight (V, H), target (...) and others fit together.
+
+    Args:
+        impl: "fused" or "reference", which take different dtypes.
+        others: more floating-point tensors by name, each with its shape, as in ``bind_shapes``.
+    """
+    named = {"input": input, "linear_weight": linear_weight}
+    named |= {name: tensor for name, (tensor, _) in others.items()}
+    for name, tensor in named.items():
+        if hasattr(tensor, "full_tensor"):
+            raise NotImplementedError(f"{name} is sharded (a DTensor); pass {name}.full_tensor()")
+    if input.ndim < 1 or input.shape[:-1] != target.shape:
+        raise ValueError(
+            f"target must have input's shape without the last axis, got target "
+            f"{tuple(target.shape)} and input {tuple(input.shape)}"
+        )
+    rows = input.reshape(-1, input.shape[-1])
+    bind_shapes(linear_weight=(linear_weight, "V H"), input=(rows, "T H"), **others)
+    if target.dtype != torch.int64:
+        raise ValueError(f"target must be int64, got {target.dtype}; use target.long()")
+    for name, tensor in named.items():
+        if tensor.device != target.device:
+            raise ValueError(f"{name} is on {tensor.device}, target on {target.device}; move one")
+        if tensor.dtype not in _DTYPES[impl]:
+            raise ValueError(
+                f"{name} is {tensor.dtype}; impl='fused' takes float32, bfloat16 and float16, "
+                "impl='reference' also float64"
+            )
+
+
+def check_labels(target: Tensor, valid: Tensor, vocabulary: int) -> None:
+    """Raise where a valid label is not in 0 .. V - 1; only on the CPU, elsewhere it would wait."""
+    if target.device.type != "cpu":
+        return
+    wrong = target[valid & ((target < 0) | (target >= vocabulary))]
+    if wrong.numel():
+        raise ValueError(
+            f"target holds the label {wrong[0].item()}, but linear_weight has V={vocabulary} rows; "
+            f"expected 0 <= label < {vocabulary}, or ignore_index"
+        )
+
+
+def denominator_of(valid: Tensor, reduction: str, num_items: int | Tensor | None) -> Tensor:
+    """Return what the sum of the losses is divided by: a float32 scalar, at least 1."""
+    if reduction != "mean":
+        return torch.ones((), device=valid.device)
+    if num_items is None:
+        return valid.sum().clamp(min=1).float()
+    return torch.as_tensor(num_items, device=valid.device).reshape(()).float().clamp(min=1)
