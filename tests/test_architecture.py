@@ -31,8 +31,10 @@ ALLOWED = {
         "apical.growth.spaces",
     },
     "apical.growth.continual": {"apical.growth.continual", "apical._extras"},
+    "apical.growth.objectives": {"apical.growth.objectives", "apical.kernels"},
     "apical.growth.train": {
         "apical.growth.train",
+        "apical.growth.objectives",
         "apical.growth.continual",
         "apical.growth.operators",
         "apical.growth",

@@ -1,7 +1,7 @@
 """Tokenizer and text of a run, loaded before anything is trained."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,23 @@ class Inputs:
         # what identifies the data of this run
         self.description = self._describe()
 
-    def stream(self, stage: Stage, *, seed: int) -> BatchStream:
-        """Return the batches of a stage, from the first on."""
+    def stream(
+        self,
+        stage: Stage,
+        *,
+        seed: int,
+        choose: Callable[[TokenSource], TokenSource] | None = None,
+    ) -> BatchStream:
+        """Return the batches of a stage, from the first on.
+
+        Args:
+            stage: of the recipe.
+            seed: of the draws.
+            choose: returns what of a source is read; everything where it is None.
+        """
         sources = self._mixed(stage)
+        if choose is not None:
+            sources = {name: choose(source) for name, source in sources.items()}
         lengths = {name: float(source.lengths.mean()) for name, source in sources.items()}
         shares = {name: stage.data[name] for name in sources}
         sizes = {name: len(source) for name, source in sources.items()}

@@ -17,6 +17,7 @@ from transformers import (
 from transformers.utils import logging
 
 import apical
+from apical.hf.support import loss_refusal
 
 from ..optimizer_state import grow_optimizer
 from ..plan import GrowthPlan
@@ -87,9 +88,22 @@ def _load(plan: "StagePlan", device: torch.device) -> PreTrainedModel:
     source = plan.spec.model.from_
     if source == "scratch":
         return AutoModelForCausalLM.from_config(plan.base, dtype=torch.float32).to(device)
+    return load_pretrained(source, device).train()
+
+
+def load_pretrained(directory: str, device: torch.device) -> PreTrainedModel:
+    """Return the model of a checkpoint directory, in float32."""
     with _without_bars():
-        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    return model.to(device).train()
+        model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    return model.to(device)
+
+
+def model_tensors(model: PreTrainedModel) -> dict[str, Any]:
+    """Return the live weights and saved buffers of a model, by name."""
+    kept = model.state_dict().keys()
+    buffers = {name: b for name, b in model.named_buffers() if name in kept}
+    # tied weights stand under one name here, and twice in a state dict
+    return {name: p.detach() for name, p in model.named_parameters()} | buffers
 
 
 @contextmanager
@@ -118,18 +132,24 @@ def _optimizer(model: PreTrainedModel, plan: "StagePlan") -> AdamW:
 
 
 def check_kernels(plan: "StagePlan") -> None:
-    """Check, without its weights, that a stage's model takes the kernels that its recipe asks for.
+    """Check, without weights, that a stage's model and teacher take the kernels of its recipe.
 
     Raises:
-        ValueError: it does not.
+        ValueError: they do not.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(plan.config)
+        teacher = plan.teacher and AutoModelForCausalLM.from_config(plan.teacher)
     _set_kernels(model, plan)
+    reason = teacher and loss_refusal(teacher)
+    if reason:
+        raise ValueError(f"stages[{plan.index}].objective: the teacher's logits: {reason}")
 
 
 def _set_kernels(model: PreTrainedModel, plan: "StagePlan") -> None:
-    on, z_loss = plan.spec.kernels, plan.spec.objective.z_loss
+    on, objective = plan.spec.kernels, plan.spec.objective
+    # every other objective computes its own loss
+    z_loss = objective.z_loss if objective.kind == "causal" else 0.0
     try:
         apical.use_kernels(model, attention=on, loss=on, z_loss=z_loss)
     except NotImplementedError as error:
@@ -138,4 +158,12 @@ def _set_kernels(model: PreTrainedModel, plan: "StagePlan") -> None:
         raise ValueError(
             f"stages[{plan.index}].objective.z_loss is {z_loss}, which needs `kernels: true` and a "
             "model whose loss apical can compute; set it to 0"
+        )
+    reason = None if objective.kind == "causal" else loss_refusal(model)
+    if objective.kind == "spherical_z" and getattr(model.config, "final_logit_softcapping", None):
+        reason = "final_logit_softcapping bends the logits, whose mean it takes"
+    if reason:
+        raise ValueError(
+            f"stages[{plan.index}].objective.kind is {objective.kind}, which needs a model whose "
+            f"loss apical can compute: {reason}; set it to causal"
         )

@@ -9,6 +9,7 @@ from transformers import AutoConfig, PretrainedConfig
 from .flops import TrainingCost, cost_of_config
 from .model import check_kernels
 from .recipe.schema import ModelSource, Recipe, Stage
+from .teacher_config import teacher_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,8 +25,29 @@ class StagePlan:
     config: PretrainedConfig
     steps: int
     cost: TrainingCost
-    # an estimate, for the progress bar
-    flops: int
+    # of the objective's teacher, where it has one
+    teacher: PretrainedConfig | None
+    teacher_cost: TrainingCost | None
+    pairs_per_token: float
+
+    def flops_of(self, *, tokens: int, pairs: int, taught: bool) -> int:
+        """Return the work of a step: the model's, and the forward of its teacher."""
+        work = self.cost.flops(tokens=tokens, pairs=pairs)
+        if taught and self.teacher_cost:
+            # one of the three passes of training
+            work += self.teacher_cost.flops(tokens=tokens, pairs=pairs) // 3
+        return work
+
+    @property
+    def flops(self) -> int:
+        """An estimate for the whole stage, for the progress bar."""
+        tokens = self.spec.tokens
+        pairs = round(tokens * self.pairs_per_token)
+        share = getattr(self.spec.objective, "transition", 1.0)
+        plain = self.flops_of(tokens=tokens, pairs=pairs, taught=False)
+        return plain + round(
+            share * (self.flops_of(tokens=tokens, pairs=pairs, taught=True) - plain)
+        )
 
 
 def outline(
@@ -40,7 +62,7 @@ def outline(
 
     Raises:
         ValueError: a model has fewer embeddings than the tokenizer has tokens, or does not take
-            the kernels.
+            the kernels, or a teacher does not fit to it.
     """
     plans: list[StagePlan] = []
     for index, spec in enumerate(recipe.stages):
@@ -51,9 +73,22 @@ def outline(
                 f"stages[{index}].model has vocab_size {config.vocab_size}, but the tokenizer has "
                 f"{len(tokenizer)} tokens; take the model's own tokenizer (tokenizer.path)"
             )
-        steps, cost = -(-spec.tokens // spec.batch_tokens), cost_of_config(config)
-        flops = cost.flops(tokens=spec.tokens, pairs=round(spec.tokens * pairs_per_token(spec)))
-        plans.append(StagePlan(index, spec, base, config, steps, cost, flops))
+        teacher = teacher_config(
+            spec, config, plans[-1].config if plans else None, tokenizer, place=f"stages[{index}]"
+        )
+        plans.append(
+            StagePlan(
+                index=index,
+                spec=spec,
+                base=base,
+                config=config,
+                steps=-(-spec.tokens // spec.batch_tokens),
+                cost=cost_of_config(config),
+                teacher=teacher,
+                teacher_cost=cost_of_config(teacher) if teacher else None,
+                pairs_per_token=pairs_per_token(spec),
+            )
+        )
         check_kernels(plans[-1])
     return plans
 

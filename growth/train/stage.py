@@ -6,14 +6,16 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import AdamW
 from transformers import PreTrainedModel
 
 from ..continual import ScheduleLR
-from .data.batches import on_device, piece_lengths, predicted_tokens
+from .data.batches import piece_lengths, predicted_tokens
 from .data.packing import BatchStream, PackedBatch
 from .flops import causal_pairs
+from .model import model_tensors
+from .objective import BatchLoss
 from .optimizer import build_schedule, moments
 from .outline import StagePlan
 
@@ -73,11 +75,13 @@ class StageState:
         optimizer: AdamW,
         stream: BatchStream,
         counters: Counters,
+        loss: BatchLoss,
     ) -> None:
         self.plan, self.model, self.optimizer = plan, model, optimizer
         self.stream, self.counters = stream, counters
         schedule = build_schedule(plan.spec.schedule, steps=plan.steps)
         self.scheduler = ScheduleLR(optimizer, schedule)
+        self._loss = loss
         self.step_in_stage = 0
 
     def step(self) -> StepResult:
@@ -97,22 +101,17 @@ class StageState:
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
+        self._loss.after_step(self.model)
+        flops = self._flops(piece_lengths(batch))
         self.step_in_stage += 1
         seconds = time.perf_counter() - start
         lengths = piece_lengths(batch)
-        flops = self.plan.cost.flops(tokens=sum(lengths), pairs=causal_pairs(lengths))
         self.counters.add(batch, loss, flops=flops, seconds=seconds)
         return StepResult(loss, norm, float(lr), sum(lengths) / seconds)
 
     def tensors(self) -> dict[str, Any]:
-        """Return the live tensors, by name: to be saved, or to be read into."""
-        kept = self.model.state_dict().keys()
-        buffers = {name: b for name, b in self.model.named_buffers() if name in kept}
-        return {
-            # tied weights stand under one name here, and twice in a state dict
-            "model": {name: p.detach() for name, p in self.model.named_parameters()} | buffers,
-            "optimizer": moments(self.model, self.optimizer),
-        }
+        """Return the live tensors, by name."""
+        return live_tensors(self.model, self.optimizer, self._loss)
 
     def state(self) -> dict[str, Any]:
         """Return everything else, ready for JSON."""
@@ -146,7 +145,20 @@ class StageState:
             )
 
     def _backward(self, batch: PackedBatch) -> float:
-        inputs = batch.model_inputs(packed=self.plan.spec.kernels)
-        loss: Tensor = self.model(**on_device(inputs, self.model.device)).loss
+        loss = self._loss(self.model, batch, step=self.step_in_stage)
         loss.backward()
         return loss.item()
+
+    def _flops(self, lengths: list[int]) -> int:
+        size = {"tokens": sum(lengths), "pairs": causal_pairs(lengths)}
+        taught = self._loss.needs_teacher(self.step_in_stage)
+        return self.plan.flops_of(**size, taught=taught)
+
+
+def live_tensors(model: PreTrainedModel, optimizer: AdamW, loss: BatchLoss) -> dict[str, Any]:
+    """Return the live tensors of a stage, by name: to be saved, or to be read into."""
+    return {
+        "model": model_tensors(model),
+        "optimizer": moments(model, optimizer),
+        **loss.tensors(),
+    }

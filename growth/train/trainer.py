@@ -11,19 +11,23 @@ from typing import Any
 import torch
 
 from .checkpoint import checkpoint_path, load_tensors, read_state, save_checkpoint
+from .data.packing import BatchStream
 from .directory import RunDirectory
 from .environment import default_device, package_versions
 from .evaluate import evaluate
 from .inputs import Inputs
 from .interrupts import Interrupted, Interrupts
 from .model import empty_model, first_model, save_model
+from .objective import BatchLoss
 from .outline import StagePlan
 from .recipe.schema import Recipe
 from .results.console import Console, Progress, say
 from .results.metrics import Metrics, read_metrics, truncate_metrics
 from .results.summary import final_record, summarise
 from .rng import get_rng, seed_of_stage, set_rng
-from .stage import Counters, StageState, StepResult
+from .selection import selector
+from .stage import Counters, StageState, StepResult, live_tensors
+from .teacher import Teacher, empty_teacher, first_teacher
 
 
 class Trainer:
@@ -99,11 +103,11 @@ class Trainer:
         return stage
 
     def _begin(self, plan: StagePlan, before: StageState | None) -> StageState:
-        seed = seed_of_stage(self._recipe.seed, plan.index)
-        torch.manual_seed(seed)
+        torch.manual_seed(seed_of_stage(self._recipe.seed, plan.index))
         previous = (before.model, before.optimizer) if before else None
         model, optimizer, made = first_model(plan, previous, device=self._device)
-        stream = self._inputs.stream(plan.spec, seed=seed)
+        teacher = first_teacher(plan, previous[0] if previous else None, model)
+        stream = self._stream(plan, teacher)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         self._metrics.write(
             {
@@ -116,16 +120,23 @@ class Trainer:
             }
         )
         counters = before.counters if before else Counters()
-        return StageState(plan, model, optimizer, stream, counters)
+        loss = BatchLoss(plan.spec, model, steps=plan.steps, teacher=teacher)
+        return StageState(plan, model, optimizer, stream, counters, loss)
+
+    def _stream(self, plan: StagePlan, teacher: Teacher | None) -> BatchStream:
+        seed = seed_of_stage(self._recipe.seed, plan.index)
+        return self._inputs.stream(plan.spec, seed=seed, choose=selector(plan.spec, teacher))
 
     def _restore(self, path: Path, state: dict[str, Any]) -> StageState:
         plan = self._plans[state["stage"]]
         model, optimizer = empty_model(plan, state["generation"], device=self._device)
-        stream = self._inputs.stream(plan.spec, seed=seed_of_stage(self._recipe.seed, plan.index))
-        stage = StageState(plan, model, optimizer, stream, Counters())
-        tensors = stage.tensors() | {"rng": get_rng()}
+        teacher = empty_teacher(plan, device=self._device)
+        loss = BatchLoss(plan.spec, model, steps=plan.steps, teacher=teacher)
+        tensors = live_tensors(model, optimizer, loss) | {"rng": get_rng()}
         load_tensors(path, tensors)
         set_rng(tensors["rng"])
+        stream = self._stream(plan, teacher)
+        stage = StageState(plan, model, optimizer, stream, Counters(), loss)
         stage.load_state(state)
         say(f"resuming from {path}: stage {plan.spec.name}, step {stage.step_in_stage}")
         return stage

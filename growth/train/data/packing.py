@@ -1,6 +1,6 @@
 """Batches without padding: pieces of documents side by side, with their boundaries."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,15 +120,19 @@ def eval_batches(source: TokenSource, *, tokens: int, batch_tokens: int) -> list
     if len(source) == 0:
         raise ValueError(f"source {source.name!r} is empty: there is nothing to evaluate on")
     count = max(1, int(np.searchsorted(np.cumsum(source.lengths), tokens, side="right")))
-    batches: list[PackedBatch] = []
-    pieces: list[np.ndarray] = []
-    for index in range(count):
+    return list(in_order(source, pieces=count, batch_tokens=batch_tokens))
+
+
+def in_order(source: TokenSource, *, pieces: int, batch_tokens: int) -> Iterator[PackedBatch]:
+    """Yield the first pieces of a source, at most `batch_tokens` tokens at a time."""
+    waiting: list[np.ndarray] = []
+    for index in range(pieces):
         piece = source.piece(index)
-        if sum(map(len, pieces)) + len(piece) > batch_tokens:
-            batches.append(pack(pieces, [source.name] * len(pieces)))
-            pieces = []
-        pieces.append(piece)
-    return [*batches, pack(pieces, [source.name] * len(pieces))]
+        if sum(map(len, waiting)) + len(piece) > batch_tokens:
+            yield pack(waiting, [source.name] * len(waiting))
+            waiting = []
+        waiting.append(piece)
+    yield pack(waiting, [source.name] * len(waiting))
 
 
 def pack(pieces: Sequence[np.ndarray], sources: Sequence[str]) -> PackedBatch:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -75,6 +75,16 @@ class TokenSource:
         """Return the tokens of one piece, int64."""
         start = self._starts[index]
         return self.ids[start : start + self.lengths[index]].astype(np.int64)
+
+    def choose(self, pieces: np.ndarray) -> "TokenSource":
+        """Return a source of some of the pieces, over the same tokens and counts of documents.
+
+        Shapes: pieces (any number,) int64, their numbers.
+        """
+        digest = hashlib.sha256(self.fingerprint.encode() + pieces.astype("<i8").tobytes())
+        chosen = replace(self, lengths=self.lengths[pieces], fingerprint=digest.hexdigest())
+        object.__setattr__(chosen, "_starts", self._starts[pieces])
+        return chosen
 
     @property
     def bytes_per_token(self) -> float:

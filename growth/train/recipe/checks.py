@@ -19,6 +19,7 @@ from ...spaces import architecture_of
 from .errors import Location, RecipeError, describe, did_you_mean, unknown_key
 
 if TYPE_CHECKING:
+    from .objective import Objective
     from .schema import ModelSource, Recipe
 
 # keys that transformers takes from a config file without a field of that name
@@ -127,9 +128,23 @@ def _check_stage(recipe: "Recipe", index: int, config: dict[str, Any]) -> None:
         message = f"is {stage.context}, above the model's max_position_embeddings {longest}"
         raise RecipeError(("context",), message)
     _check_vocabulary(recipe, index, config)
+    _check_teacher(stage.objective, first=index == 0)
     if stage.model.grow is not None:
         # here and not when the stage begins, which may be days later
         architecture_of(config)
+
+
+def _check_teacher(objective: "Objective", *, first: bool) -> None:
+    if objective.kind != "salt":
+        return
+    place = ("objective", "teacher")
+    if objective.teacher_directory is not None:
+        try:
+            _directory_config(objective.teacher_directory, expected="previous")
+        except (RecipeError, OSError) as error:
+            raise RecipeError(place, " ".join(str(error).split())) from None
+    elif first:
+        raise RecipeError(place, "the first stage has no previous one; expected a directory")
 
 
 def _check_vocabulary(recipe: "Recipe", index: int, config: dict[str, Any]) -> None:
@@ -169,10 +184,10 @@ def _refuse_keep(model: "ModelSource", what: str) -> None:
         raise RecipeError(("optimizer",), f"{what} has no moments to keep; write reset")
 
 
-def _directory_config(directory: str) -> dict[str, Any]:
+def _directory_config(directory: str, *, expected: str = "scratch, previous") -> dict[str, Any]:
     path = Path(directory) / "config.json"
     if not path.is_file():
-        message = f"'{directory}' is not scratch, previous or a checkpoint directory"
+        message = f"'{directory}' is not {expected} or a checkpoint directory"
         raise RecipeError((), f"{message}; names on a hub are not fetched")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))

@@ -6,11 +6,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from .checks import check_model, check_recipe, make_operator
 from .document import apply_override, dump, read_document
-from .errors import RecipeError, unknown_key
+from .errors import RecipeError
+from .fields import Count, Fraction, Name, Strict
+from .objective import Causal, Objective
 
 # they change what is written, not what is computed: a resumed run may differ in them
 OUTPUT_ONLY = ("name", "log_every", "checkpoint_every")
@@ -18,33 +20,7 @@ OUTPUT_ONLY = ("name", "log_every", "checkpoint_every")
 _SMOKE_LIMITS = {"tokens": 8192, "batch_tokens": 1024, "context": 128, "evaluate_tokens": 2048}
 
 
-def _whole(value: object) -> object:
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-# 1e9 is a float in YAML and what everyone writes for a number of tokens
-Count = Annotated[int, BeforeValidator(_whole), Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-# a name is part of file names, of `--set name.key` and of metric names
-Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")]
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_unknown_keys(cls, data: Any) -> Any:
-        known = [field.alias or name for name, field in cls.model_fields.items()]
-        for key in data if isinstance(data, dict) else ():
-            if key not in known:
-                raise unknown_key(key, known)
-        return data
-
-
-class Source(_Strict):
+class Source(Strict):
     """Where text comes from: a built-in local corpus or files."""
 
     corpus: Literal["prose", "code"] | None = None
@@ -65,7 +41,7 @@ class Source(_Strict):
         return self
 
 
-class Tokenizer(_Strict):
+class Tokenizer(Strict):
     """A byte-level BPE trained on sources, or a transformers tokenizer directory."""
 
     train_on: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] | None = None
@@ -86,7 +62,7 @@ class Tokenizer(_Strict):
         return self
 
 
-class ModelSource(_Strict):
+class ModelSource(Strict):
     """Where a stage's model comes from, and how it is grown before the stage."""
 
     from_: Annotated[str, Field(alias="from", min_length=1)]
@@ -114,12 +90,7 @@ class ModelSource(_Strict):
         return make_operator(name, options or {})
 
 
-class Objective(_Strict):
-    kind: Literal["causal"] = "causal"
-    z_loss: Annotated[float, Field(ge=0)] = 0.0
-
-
-class CosineSchedule(_Strict):
+class CosineSchedule(Strict):
     """Re-warming and cosine decay; `warmup` is a fraction of the stage's steps."""
 
     kind: Literal["cosine"]
@@ -128,7 +99,7 @@ class CosineSchedule(_Strict):
     min_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
 
 
-class InfiniteSchedule(_Strict):
+class InfiniteSchedule(Strict):
     """Cool-down to a constant, then annealing; lengths are fractions of the stage's steps."""
 
     kind: Literal["infinite"]
@@ -157,7 +128,7 @@ Schedule = Annotated[CosineSchedule | InfiniteSchedule, Field(discriminator="kin
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
-class Optimizer(_Strict):
+class Optimizer(Strict):
     """AdamW and the clipping of the gradient's norm; `clip: null` for none."""
 
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
@@ -172,7 +143,7 @@ def _refuse_sparsity(value: object) -> object:
     return value
 
 
-class Stage(_Strict):
+class Stage(Strict):
     """One phase: a model, a mixture, an objective, a schedule and a number of tokens."""
 
     name: Name
@@ -182,7 +153,7 @@ class Stage(_Strict):
     batch_tokens: Count
     # a piece of one token has no label, and a document may end one token after a full piece
     context: Annotated[Count, Field(ge=3)]
-    objective: Objective = Objective()
+    objective: Objective = Causal()
     schedule: Schedule
     optimizer: Optimizer = Optimizer()
     sparsity: Annotated[None, BeforeValidator(_refuse_sparsity)] = None
@@ -197,10 +168,13 @@ class Stage(_Strict):
         if self.batch_tokens < self.context:
             message = f"is {self.batch_tokens}, should be at least context {self.context}"
             raise RecipeError(("batch_tokens",), message)
+        if self.objective.kind != "causal" and not self.kernels:
+            message = f"is {self.objective.kind}, which needs `kernels: true`"
+            raise RecipeError(("objective", "kind"), message)
         return self
 
 
-class Recipe(_Strict):
+class Recipe(Strict):
     """A whole run. Attributes are the keys of the YAML file, except `from_` for `from`."""
 
     name: Name
