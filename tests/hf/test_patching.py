@@ -102,10 +102,12 @@ def test_a_second_instance_of_the_same_configuration_is_untouched(build):
 
 
 def test_what_cannot_be_replaced_stays_and_the_rest_is_replaced(build):
-    model = use_kernels(build("granite")).train()
-    assert model.config._attn_implementation == "apical"
-    assert model(IDS, labels=IDS).logits is not None
-    assert "logits_scaling=1.0 is not supported yet" in explain(model)
+    model = build("llama")
+    # not the vocabulary of the configuration
+    model.lm_head = nn.Linear(32, 64)
+    assert use_kernels(model).config._attn_implementation == "apical"
+    assert model(IDS).logits.shape == (2, 12, 64)
+    assert "the head has 64 rows, but config.vocab_size is 61" in explain(model)
 
 
 def test_nothing_to_replace_is_an_error_that_names_model_and_way_out(build):

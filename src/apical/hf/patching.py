@@ -22,12 +22,14 @@ def use_kernels(
 
     Args:
         model: any model whose attention goes through transformers' AttentionInterface, or whose
-            loss goes through its loss_function.
+            head is an nn.Linear and whose loss is torch's cross_entropy of its logits.
         attention: attend by `varlen_attention`. Packed documents never see each other, whether they
             come by ``cu_seq_lens_q``, ``seq_idx`` or ``position_ids`` that restart. Padded rows run
             as one packed row through all layers where no cache comes out: in training, unless
             ``use_cache=True`` is passed, and elsewhere with ``use_cache=False``.
-        loss: compute the training loss by `linear_cross_entropy`, without the logits.
+        loss: compute the training loss by `linear_cross_entropy`, without the logits. What the
+            model does to logits before its cross-entropy (scale, soft cap, bias, choice of rows) is
+            done too, or refused by name in the first step.
         z_loss: weight of the squared log-partition in the training loss.
 
     Raises:

@@ -2,16 +2,14 @@
 
 import dis
 import inspect
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
 
 # kinds of layers that varlen_attention computes
 _LAYERS = frozenset({"full_attention", "sliding_attention"})
 _DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
-# options whose presence means that logits change between the head and the loss
-_LOGIT_OPTIONS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
 
 
 def attention_refusal(model: PreTrainedModel) -> str | None:
@@ -64,37 +62,29 @@ def attention_traits(body: PreTrainedModel) -> list[str]:
 
 def loss_refusal(model: PreTrainedModel) -> str | None:
     """Return why a model's loss cannot be fused with its head, or None where it can."""
-    head = model.get_output_embeddings()
-    if head is None:
+    if model.get_output_embeddings() is None:
         return f"{type(model).__name__} has no language-model head"
-    if type(head) is not nn.Linear:
-        return f"the head is a {type(head).__name__}, not a plain nn.Linear"
-    if head.bias is not None:
-        return "a head with a bias is not supported yet"
-    if head.weight.shape[0] != model.config.vocab_size:
-        return (
-            f"the head has {head.weight.shape[0]} rows, but config.vocab_size is"
-            f" {model.config.vocab_size}"
-        )
-    for name in _LOGIT_OPTIONS:
-        if getattr(model.config, name, None) is not None:
-            return f"{name}={getattr(model.config, name)} is not supported yet"
-    return _loss_hook(model)
-
-
-def _loss_hook(model: PreTrainedModel) -> str | None:
-    if "loss_function" not in _names_in_forward(model):
-        return f"{type(model).__name__} does not call transformers' loss_function"
-    if model.loss_function not in (ForCausalLMLoss, ForMaskedLMLoss):
-        return "loss_function is not the stock loss of a causal or masked language model"
+    if "labels" not in inspect.signature(model.forward).parameters:
+        return f"{type(model).__name__} takes no labels"
+    words = getattr(model.config.get_text_config(decoder=True), "vocab_size", None)
+    for head in heads_of(model):
+        # other than its type, which FSDP changes
+        plain = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
+        if hasattr(head, "base_layer"):
+            return "the head has an adapter; train it whole (modules_to_save of PEFT) or not at all"
+        if not plain or "forward" in vars(head):
+            return f"the head is a {type(head).__name__}, not a plain nn.Linear"
+        if words is not None and head.out_features != words:
+            return f"the head has {head.out_features} rows, but config.vocab_size is {words}"
     return None
 
 
-def head_of(model: PreTrainedModel) -> nn.Linear:
-    """Return the head of a model whose loss can be fused."""
-    head = model.get_output_embeddings()
-    assert isinstance(head, nn.Linear)
-    return head
+def heads_of(model: PreTrainedModel) -> list[nn.Linear]:
+    """Return the heads of a model whose loss can be fused: one, or the copies that PEFT keeps."""
+    head: Any = model.get_output_embeddings()
+    copies: Any = getattr(head, "modules_to_save", None)
+    # a wrapper that calls one of its copies
+    return [head] if copies is None else [head.original_module, *copies.values()]
 
 
 def body_of(model: PreTrainedModel) -> PreTrainedModel:
