@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 from unittest import mock
 
 import torch
@@ -38,45 +39,119 @@ def test_linear_cross_entropy(case: Case, race: Callable[[Lineup], object]) -> N
     race(case.build())
 
 
+@dataclass(frozen=True)
+class Shape:
+    """One race: sizes, the share of tokens that have a label, and an option of the loss."""
+
+    T: int
+    H: int
+    V: int
+    dtype: torch.dtype
+    labelled: float = 1.0
+    option: str = ""
+
+    @property
+    def kind(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def name(self) -> str:
+        parts = [f"{self.kind}-H{self.H}-V{self.V}"]
+        if self.labelled < 1:
+            parts.append(f"{self.labelled * 100:.0f}-percent-labels")
+        return "-".join(parts + [self.option.replace(" ", "-")] * bool(self.option))
+
+
 def cases(*, quick: bool, device: str) -> list[Case]:
-    """Return the races: tokens, width, vocabulary, dtype, share of tokens that have a label."""
+    """Return the races of this device."""
     fp32, bf16 = torch.float32, torch.bfloat16
     if quick:
-        table = [(96, 32, 1024, fp32, 1.0), (96, 32, 1024, bf16, 0.3)]
+        table = [Shape(96, 32, 1024, fp32), Shape(96, 32, 1024, bf16, 0.3)]
+        table += [Shape(96, 32, 1024, fp32, option=option) for option in _OPTIONS]
     elif device == "cuda":
-        table = [(8192, 576, 49152, bf16, 1.0), (8192, 2048, 128256, bf16, 1.0)]
-        table += [(8192, 4096, 128256, bf16, 1.0), (8192, 2048, 128256, bf16, 0.3)]
+        sizes = ((576, 49152), (2048, 128256), (2304, 256000), (4096, 128256))
+        table = [Shape(8192, H, V, bf16) for H, V in sizes]
+        table += [Shape(8192, 2048, 128256, bf16, 0.3)]
+        table += [Shape(8192, 2048, 128256, bf16, option=option) for option in _OPTIONS]
     else:
-        table = [(2048, 256, 49152, fp32, 1.0), (2048, 576, 49152, fp32, 1.0)]
-        table += [(2048, 256, 49152, bf16, 1.0), (2048, 256, 49152, fp32, 0.3)]
-    return [_case(*row, device=device, quick=quick) for row in table]
+        table = [Shape(2048, H, 49152, dtype) for dtype in (fp32, bf16) for H in (256, 576)]
+        table += [Shape(2048, 256, 49152, fp32, 0.3)]
+        table += [Shape(2048, 256, 49152, fp32, option=option) for option in _OPTIONS]
+    return [_case(shape, device=device, quick=quick) for shape in table]
 
 
-def _case(
-    T: int, H: int, V: int, dtype: torch.dtype, labelled: float, *, device: str, quick: bool
-) -> Case:
-    kind = str(dtype).removeprefix("torch.")
-    name = f"{kind}-H{H}-V{V}" + ("" if labelled == 1 else f"-{labelled * 100:.0f}-percent-labels")
-
+def _case(shape: Shape, *, device: str, quick: bool) -> Case:
     def build() -> Lineup:
-        generator = torch.Generator().manual_seed(0)
-        hidden = torch.randn(T, H, generator=generator).to(device, dtype).requires_grad_()
-        weight = torch.randn(V, H, generator=generator).mul_(H**-0.5).to(device, dtype)
-        target = torch.randint(V, (T,), generator=generator)
-        target[torch.rand(T, generator=generator) >= labelled] = -100
-        return _lineup(Inputs(hidden, weight.requires_grad_(), target.to(device)), quick=quick)
+        x = _inputs(shape, device)
+        return _with_option(shape, x) if shape.option else _lineup(x, quick=quick)
 
-    return Case(name, build)
+    return Case(shape.name, build)
+
+
+def _inputs(shape: Shape, device: str) -> Inputs:
+    T, H, V = shape.T, shape.H, shape.V
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(T, H, generator=generator).to(device, shape.dtype).requires_grad_()
+    weight = torch.randn(V, H, generator=generator).mul_(H**-0.5).to(device, shape.dtype)
+    target = torch.randint(V, (T,), generator=generator)
+    target[torch.rand(T, generator=generator) >= shape.labelled] = -100
+    return Inputs(hidden, weight.requires_grad_(), target.to(device))
+
+
+def _soft_labels(x: Inputs) -> dict[str, Any]:
+    (T, _), V, K = x.input.shape, len(x.linear_weight), 16
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.rand(T, V // 64, generator=generator).argsort(1)[:, :K] * 64
+    weights = torch.rand(T, K, generator=generator).softmax(1) * 0.5
+    return {"soft_ids": ids.to(x.input.device), "soft_weights": weights.to(x.input.device)}
+
+
+# what the loss is asked for beside the mean over the labels
+_OPTIONS: dict[str, Callable[[Inputs], dict[str, Any]]] = {
+    "soft cap and z-loss": lambda x: {"softcap": 30.0, "z_loss": 1e-4},
+    "label smoothing": lambda x: {"label_smoothing": 0.1},
+    "bias": lambda x: {"linear_bias": x.linear_weight.detach()[:, 0].contiguous()},
+    "16 soft labels": _soft_labels,
+    "a loss per token": lambda x: {"reduction": "none"},
+}
+
+
+def _with_option(shape: Shape, x: Inputs) -> Lineup:
+    """Return the loss with an option against the loss without it: what the option costs."""
+    options = _OPTIONS[shape.option](x)
+
+    def loss(hidden: Tensor, weight: Tensor, target: Tensor, impl: str = "fused") -> Tensor:
+        return linear_cross_entropy(hidden, weight, target, impl=impl, **options).loss.mean()
+
+    return Lineup(
+        ours=_timed(loss, x),
+        # it computes something else, so it is a bound and nothing is compared
+        peers={
+            "ours, without the option": Peer(_timed(_ours, x), limit=True),
+            "our reference": _timed(functools.partial(loss, impl="reference"), x),
+        },
+        what=f"{_described(x)} With {shape.option}.",
+        tolerance=_TOLERANCE[shape.dtype],
+        dtype=shape.kind,
+    )
+
+
+def _described(x: Inputs) -> str:
+    (T, H), V, N = x.input.shape, len(x.linear_weight), len(x.valid)
+    dtype = str(x.input.dtype).removeprefix("torch.")
+    return (
+        f"{T} tokens, {N} of them with a label; width {H}, vocabulary {V}; {dtype}; "
+        "loss and both gradients."
+    )
 
 
 def _lineup(x: Inputs, *, quick: bool) -> Lineup:
-    (T, H), V, N = x.input.shape, len(x.linear_weight), len(x.valid)
+    H, V, N = x.input.shape[1], len(x.linear_weight), len(x.valid)
     dtype = str(x.input.dtype).removeprefix("torch.")
     return Lineup(
         ours=_timed(_ours, x),
         peers=_torch(x, quick=quick) | _variants(x) | _packages(x),
-        what=f"{T} tokens, {N} of them with a label; width {H}, vocabulary {V}; {dtype}; "
-        "mean loss and both gradients.",
+        what=_described(x),
         truth=lambda: _exact(x),
         tolerance=_TOLERANCE[x.input.dtype],
         # three matrix products; tokens without a label need none
