@@ -17,7 +17,7 @@ from transformers import (
 from transformers.utils import logging
 
 import apical
-from apical.hf.support import loss_refusal
+from apical.hf.support import attention_refusal, loss_refusal
 
 from ..optimizer_state import grow_optimizer
 from ..plan import GrowthPlan
@@ -141,19 +141,20 @@ def check_kernels(plan: "StagePlan") -> None:
         model = AutoModelForCausalLM.from_config(plan.config)
         teacher = plan.teacher and AutoModelForCausalLM.from_config(plan.teacher)
     _set_kernels(model, plan)
-    reason = teacher and loss_refusal(teacher)
+    reason = teacher and (attention_refusal(teacher) or loss_refusal(teacher))
     if reason:
-        raise ValueError(f"stages[{plan.index}].objective: the teacher's logits: {reason}")
+        raise ValueError(f"stages[{plan.index}].objective: the teacher: {reason}")
 
 
 def _set_kernels(model: PreTrainedModel, plan: "StagePlan") -> None:
     on, objective = plan.spec.kernels, plan.spec.objective
     # every other objective computes its own loss
     z_loss = objective.z_loss if objective.kind == "causal" else 0.0
-    try:
-        apical.use_kernels(model, attention=on, loss=on, z_loss=z_loss)
-    except NotImplementedError as error:
-        raise ValueError(f"stages[{plan.index}].kernels: {error}; write `kernels: false`") from None
+    # packed documents must not see each other: the fused loss alone is not enough
+    reason = attention_refusal(model) if on else None
+    if reason:
+        raise ValueError(f"stages[{plan.index}].kernels: {reason}; write `kernels: false`")
+    apical.use_kernels(model, attention=on, loss=on, z_loss=z_loss)
     if z_loss and "_apical_loss" not in vars(model):
         raise ValueError(
             f"stages[{plan.index}].objective.z_loss is {z_loss}, which needs `kernels: true` and a "
