@@ -1,11 +1,18 @@
-"""Losses of labelled rows: what they check of their arguments, and what a mean divides by."""
+"""Losses of labelled rows: their checks, their chunks of rows, and what a mean divides by."""
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from .shapes import bind_shapes
 
-_DTYPES = {
+# bytes of float32 logits at a time, and the rows that this may mean: fewer make the matrix
+# products slow, more make the softmax pass read from further away (bench/linear_cross_entropy.py)
+_CHUNK_BYTES = 48e6
+_CHUNK_ROWS = (256, 1024)
+
+DTYPES = {
     "fused": (torch.float32, torch.bfloat16, torch.float16),
     "reference": (torch.float64, torch.float32, torch.bfloat16, torch.float16),
 }
@@ -17,8 +24,13 @@ def check_options(
     """Raise ValueError unless the options that all these losses share make sense together."""
     if reduction not in reductions:
         raise ValueError(f"reduction must be one of {reductions}, got {reduction!r}")
-    if impl not in _DTYPES:
+    if impl not in DTYPES:
         raise ValueError(f"impl must be 'fused' or 'reference', got {impl!r}")
+    check_items(num_items, reduction)
+
+
+def check_items(num_items: float | Tensor | None, reduction: str) -> None:
+    """Raise ValueError unless "mean" can divide by num_items."""
     if num_items is None:
         return
     if reduction != "mean":
@@ -59,7 +71,7 @@ def check_tensors(
     for name, tensor in named.items():
         if tensor.device != target.device:
             raise ValueError(f"{name} is on {tensor.device}, target on {target.device}; move one")
-        if tensor.dtype not in _DTYPES[impl]:
+        if tensor.dtype not in DTYPES[impl]:
             raise ValueError(
                 f"{name} is {tensor.dtype}; impl='fused' takes float32, bfloat16 and float16, "
                 "impl='reference' also float64"
@@ -85,3 +97,12 @@ def denominator_of(valid: Tensor, reduction: str, num_items: int | Tensor | None
     if num_items is None:
         return valid.sum().clamp(min=1).float()
     return torch.as_tensor(num_items, device=valid.device).reshape(()).float().clamp(min=1)
+
+
+def row_chunks(rows: Tensor, V: int) -> Iterator[Tensor]:
+    """Yield the rows in order, in chunks of equal size up to one."""
+    low, high = _CHUNK_ROWS
+    size = min(max(round(_CHUNK_BYTES / (4 * V)), low), high)
+    count = -(-len(rows) // size)
+    # the first chunk is the largest: the others reuse its buffers
+    yield from rows.tensor_split(count) if count else ()

@@ -1,18 +1,13 @@
 """Chunks of rows: logits, cosines, softmax and both gradients of a chunk, then the next one."""
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .._common.labelled_rows import row_chunks
 from ._rules import Rules, coefficients
-
-# bytes of float32 logits at a time, and the rows that this may mean, as in linear_cross_entropy;
-# the cosines take as much again
-_CHUNK_BYTES = 48e6
-_CHUNK_ROWS = (256, 1024)
 
 
 class _Softmax(NamedTuple):
@@ -50,7 +45,7 @@ def forward(
     # once per call, not once per chunk
     W, directions = linear_weight.float(), F.normalize(cost_weight.float(), dim=1)
     buffers = None
-    for rows in _chunks(active, V):
+    for rows in row_chunks(active, V):
         x, y = input[rows].float() * rules.logit_scale, target[rows]  # (C, H), (C,)
         first = buffers is None
         buffers = x.new_empty(2, len(rows), V) if buffers is None else buffers
@@ -63,15 +58,6 @@ def forward(
         if weight_grad:
             grad_weight.addmm_(logits.t(), x, beta=0 if first else 1)
     return values, grad_input, grad_weight
-
-
-def _chunks(rows: Tensor, V: int) -> Iterator[Tensor]:
-    """Yield the rows in order, in chunks of equal size up to one."""
-    low, high = _CHUNK_ROWS
-    size = min(max(round(_CHUNK_BYTES / (4 * V)), low), high)
-    count = -(-len(rows) // size)
-    # the first chunk is the largest: the others reuse its buffers
-    yield from rows.tensor_split(count) if count else ()
 
 
 def _rows_(

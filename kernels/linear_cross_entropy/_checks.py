@@ -5,12 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from .._common.labelled_rows import DTYPES
 from .._common.shapes import bind_shapes
-
-DTYPES = {
-    "fused": (torch.float32, torch.bfloat16, torch.float16),
-    "reference": (torch.float64, torch.float32, torch.bfloat16, torch.float16),
-}
 
 
 def numbers(label_smoothing: float, z_loss: float, softcap: float | None, scale: float) -> None:
@@ -33,18 +29,6 @@ def choices(reduction: str, impl: str, grouped: bool) -> None:
         raise ValueError(f"impl must be 'fused' or 'reference', got {impl!r}")
     if grouped and impl == "reference":
         raise ValueError("impl='reference' takes no process_group; use impl='fused'")
-
-
-def items(num_items: float | Tensor | None, reduction: str) -> None:
-    """Refuse what "mean" cannot divide by."""
-    if num_items is None:
-        return
-    if reduction != "mean":
-        raise ValueError(f"num_items is what 'mean' divides by; reduction is {reduction!r}")
-    if isinstance(num_items, Tensor) and num_items.numel() != 1:
-        raise ValueError(f"num_items must be one number, got shape {tuple(num_items.shape)}")
-    if not isinstance(num_items, Tensor) and num_items < 0:
-        raise ValueError(f"num_items must be a count of tokens, got {num_items}")
 
 
 def operands(

@@ -1,20 +1,16 @@
 """Chunks of rows: logits, softmax and the gradients of a chunk, before the next one starts."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .._common.labelled_rows import row_chunks
 from . import _passes as passes
 from ._passes import Labels, Upstream
 from ._products import products_for
 from ._rules import Rules
-
-# bytes of float32 logits at a time, and the rows that this may mean: fewer make the matrix
-# products slow, more make the softmax pass read from further away (bench/linear_cross_entropy.py)
-_CHUNK_BYTES = 48e6
-_CHUNK_ROWS = (256, 1024)
 
 # a chunk's rows, its products, and where the gradient goes in half precision if it does
 Pass = Callable[[Tensor, Tensor, Tensor | None], None]
@@ -98,7 +94,7 @@ def sweep(
     grads = _no_gradients(input, linear_weight, wanted, filled=not len(active))
     products = products_for(input, linear_weight, len(active))
     logits = half = None
-    for rows in chunks(active, vocabulary or V):
+    for rows in row_chunks(active, vocabulary or V):
         first, x = logits is None, input[rows].to(products.dtype)  # (C, H)
         if logits is None:
             logits = input.new_empty(len(rows), V, dtype=torch.float32)
@@ -114,15 +110,6 @@ def sweep(
         if wanted.bias:
             grads[2].add_(grad.sum(0, dtype=torch.float32))
     return grads
-
-
-def chunks(rows: Tensor, V: int) -> Iterator[Tensor]:
-    """Yield the rows in order, in chunks of equal size up to one."""
-    low, high = _CHUNK_ROWS
-    size = min(max(round(_CHUNK_BYTES / (4 * V)), low), high)
-    count = -(-len(rows) // size)
-    # the first chunk is the largest: the others reuse its buffers
-    yield from rows.tensor_split(count) if count else ()
 
 
 def asked_for(upstream: Upstream, valid: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._common.labelled_rows import check_items
 from . import _checks as check
 from . import ops
 from ._autograd import Operands, per_token, reduced
@@ -97,7 +98,7 @@ def linear_cross_entropy(
     """
     check.choices(reduction, impl, grouped=process_group is not None)
     check.numbers(label_smoothing, z_loss, softcap, logit_scale)
-    check.items(num_items, reduction)
+    check_items(num_items, reduction)
     check.operands(input, linear_weight, linear_bias, weight, target, impl)
     check.shares(target, token_weight, soft_ids, soft_weights)
     backend, lookup = _backend(process_group, linear_weight)

@@ -14,7 +14,7 @@ from apical.kernels.emo_loss import EmoLossOutput, emo_loss, ops
 from apical.kernels.emo_loss._reference import parts
 from apical.kernels.emo_loss._rules import Rules
 
-chunked = importlib.import_module("apical.kernels.emo_loss._chunked")
+labelled_rows = importlib.import_module("apical.kernels._common.labelled_rows")
 
 IGNORE = -100
 # every rule at once, so that each must be in its right place
@@ -24,7 +24,7 @@ BUSY: dict[str, Any] = {"z_loss": 1e-2, "softcap": 5.0, "logit_scale": 0.7}
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Chunks of at most 64 rows, so that small inputs have several."""
-    monkeypatch.setattr(chunked, "_CHUNK_ROWS", (64, 64))
+    monkeypatch.setattr(labelled_rows, "_CHUNK_ROWS", (64, 64))
 
 
 def leaf(tensor: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -393,7 +393,7 @@ def test_opcheck(wanted):
 
 def test_no_matrix_of_tokens_by_vocabulary(monkeypatch):
     # the two buffers of a chunk are all there is of size V
-    monkeypatch.setattr(chunked, "_CHUNK_ROWS", (8, 8))
+    monkeypatch.setattr(labelled_rows, "_CHUNK_ROWS", (8, 8))
     x, W, y, E = sample(400, 211, H=8)
     largest = 0
     original = torch.Tensor.new_empty

@@ -10,10 +10,10 @@ from apical import linear_cross_entropy
 
 from .linear_cross_entropy_cases import (
     PASSES,
-    chunked,
     definition,
     force,
     grad_of,
+    labelled_rows,
     leaf,
     relative,
     sample,
@@ -28,7 +28,7 @@ def softmax_pass(request, monkeypatch):
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Chunks of at most 64 rows, so that small inputs have several."""
-    monkeypatch.setattr(chunked, "_CHUNK_ROWS", (64, 64))
+    monkeypatch.setattr(labelled_rows, "_CHUNK_ROWS", (64, 64))
 
 
 # tokens: none, one, and both sides of a chunk boundary; vocabularies: no multiple of a vector, the
@@ -123,7 +123,7 @@ def test_chunk_count_changes_nothing(monkeypatch, dtype):
     x, W, y = sample(512, 300)
     results = []
     for rows in (512, 8):
-        monkeypatch.setattr(chunked, "_CHUNK_ROWS", (rows, rows))
+        monkeypatch.setattr(labelled_rows, "_CHUNK_ROWS", (rows, rows))
         leaves = (leaf(x, dtype), leaf(W, dtype))
         loss = linear_cross_entropy(*leaves, y).loss
         loss.backward()
@@ -138,7 +138,7 @@ def test_chunk_count_changes_nothing(monkeypatch, dtype):
 def test_chunks_cover_the_rows_within_the_budget():
     for V in (31, 4096, 49152, 262144):
         for count in (0, 1, 255, 256, 257, 2049):
-            parts = [part.tolist() for part in chunked.chunks(torch.arange(count), V)]
+            parts = [part.tolist() for part in labelled_rows.row_chunks(torch.arange(count), V)]
             assert list(chain.from_iterable(parts)) == list(range(count))
             assert all(0 < len(part) <= len(parts[0]) for part in parts)
             assert all(4 * V * len(part) <= 49e6 or len(part) <= 256 for part in parts)

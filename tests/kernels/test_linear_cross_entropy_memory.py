@@ -11,7 +11,7 @@ from torch import Tensor
 from apical import linear_cross_entropy
 from apical.kernels.linear_cross_entropy import ops
 
-from .linear_cross_entropy_cases import chunked, grad_of, leaf, sample
+from .linear_cross_entropy_cases import grad_of, labelled_rows, leaf, sample
 
 
 class Call(NamedTuple):
@@ -74,7 +74,7 @@ def test_a_retained_graph_computes_again(calls):
 
 def test_nothing_of_the_size_of_all_logits_is_made(monkeypatch):
     # the largest tensor of forward and backward is a chunk of logits
-    monkeypatch.setattr(chunked, "_CHUNK_ROWS", (16, 16))
+    monkeypatch.setattr(labelled_rows, "_CHUNK_ROWS", (16, 16))
     x, W, y = sample(512, 300, H=8)
     leaves = (leaf(x), leaf(W))
     options: dict[str, Any] = {"label_smoothing": 0.1, "z_loss": 1e-3, "weight": torch.rand(300)}

@@ -21,7 +21,7 @@ def softmax_pass(request, monkeypatch):
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Chunks of at most 16 rows, so that small inputs have several."""
-    monkeypatch.setattr(cases.chunked, "_CHUNK_ROWS", (16, 16))
+    monkeypatch.setattr(cases.labelled_rows, "_CHUNK_ROWS", (16, 16))
 
 
 T, V = 53, 37

@@ -13,10 +13,10 @@ from apical import linear_cross_entropy
 from .linear_cross_entropy_cases import (
     IGNORE,
     PASSES,
-    chunked,
     definition,
     force,
     grad_of,
+    labelled_rows,
     leaf,
     relative,
     sample,
@@ -32,7 +32,7 @@ def softmax_pass(request, monkeypatch):
 
 @pytest.fixture
 def one_row_chunks(monkeypatch):
-    monkeypatch.setattr(chunked, "_CHUNK_ROWS", (1, 1))
+    monkeypatch.setattr(labelled_rows, "_CHUNK_ROWS", (1, 1))
 
 
 @pytest.mark.usefixtures("one_row_chunks")
