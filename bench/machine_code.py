@@ -5,14 +5,16 @@ table. Bytes of stack are registers that spilled; nothing here is a time.
 """
 
 import argparse
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 
 from apical.kernels._common.ahead_of_time import Launch, picked, recorded
+from apical.kernels._common.triton_launch import compiled_by
 from apical.kernels.linear_cross_entropy import _triton as loss
 from apical.kernels.linear_cross_entropy import _triton_launch as loss_launch
+from apical.kernels.linear_cross_entropy._rules import Rules as LossRules
 from apical.kernels.varlen_attention import PackedLayout, _triton_backward, _triton_forward
 from apical.kernels.varlen_attention._rules import UNBOUNDED, Rules
 
@@ -84,22 +86,63 @@ def row(launch: Launch, capability: int, *, tokens: int, rules: str) -> tuple[ob
     )
 
 
-def loss_launches(capability: int, dtype: torch.dtype) -> list[Launch]:
-    """Return what one loss with both gradients launches, of 4096 tokens and 32768 classes."""
-    x, w = (torch.empty(n, 1024, dtype=dtype, device="meta") for n in (4096, 32768))
-    ids = torch.zeros(4096, 1, dtype=torch.int64, device="meta")
-    labels = ids, _meta(4096, 1), None, _meta(4096)
+class Loss(NamedTuple):
+    """What is asked of the loss in some rows of its table: a forward, or a backward `again`."""
+
+    name: str
+    rules: LossRules = LossRules(smoothing=0.0, z_loss=0.0, softcap=0.0, logit_scale=1.0)
+    bias: bool = False
+    labels: int = 1
+    filtered: bool = False
+    again: bool = False
+    dtype: torch.dtype = torch.bfloat16
+    sizes: tuple[int, int, int] = (4096, 1024, 32768)  # tokens, width, vocabulary
+
+
+_GEMMA = LossRules(smoothing=0.0, z_loss=1e-4, softcap=30.0, logit_scale=1.0)
+_SMOOTH = LossRules(smoothing=0.1, z_loss=0.0, softcap=0.0, logit_scale=1.0)
+_EVERY = LossRules(smoothing=0.1, z_loss=1e-4, softcap=30.0, logit_scale=0.5)
+LOSSES = (
+    Loss("plain"),
+    Loss("filtered", filtered=True),
+    Loss("softcap and z-loss", _GEMMA),
+    Loss("smoothing, bias, 5 labels", _SMOOTH, bias=True, labels=5),
+    Loss("per token, plain", again=True),
+    Loss("per token, every option", _EVERY, bias=True, labels=5, again=True),
+    Loss("odd sizes, two chunks", sizes=(40000, 1023, 50257)),
+    Loss("float16", dtype=torch.float16),
+)
+
+
+def loss_launches(capability: int, case: Loss) -> list[Launch]:
+    """Return what one loss with all gradients launches."""
+    (T, H, V), half = case.sizes, {"dtype": case.dtype, "device": "meta"}
+    x, w = torch.empty(T, H, **half), torch.empty(V, H, **half)
+    bias, classes = (torch.empty(V, **half), _meta(V)) if case.bias else (None, None)
+    ids = torch.empty(T, case.labels, dtype=torch.int64, device="meta")
+    operands, wanted = (x, w, bias, ids, _meta(T, case.labels), classes), (True, True, case.bias)
     with recorded(capability, loss_launch) as found:
-        loss.forward(x, w, None, *labels, 0.0, 0.0, 0.0, 1.0, True, True, False)
+        if case.again:
+            rows = _meta(T), torch.empty(T, dtype=torch.bool, device="meta")
+            loss.backward(_meta(T), _meta(T), _meta(T), *operands, *rows, *case.rules, *wanted)
+        else:
+            loss.forward(*operands, _meta(T), *case.rules, *wanted, filtered=case.filtered)
     return found
 
 
-def loss_row(launch: Launch, capability: int) -> tuple[object, ...]:
+def compiled_alike(launch: Launch) -> tuple[object, ...]:
+    """Return all that decides what a launch of the loss compiles."""
+    dtypes = [getattr(value, "dtype", None) for value in launch.arguments.values()]
+    aligned = [isinstance(v, int) and v % 16 == 0 for v in launch.arguments.values()]
+    return launch.kernel, *dtypes, *aligned, *compiled_by(launch.arguments), *launch.choices
+
+
+def loss_row(launch: Launch, capability: int, case: str) -> tuple[object, ...]:
     """Return one line of the loss's table."""
     name = launch.kernel.__name__.removesuffix("_kernel")
     found = picked(launch, capability)
     if found is None:
-        return name, f"sm_{capability}", "nothing fits", *[""] * 6
+        return name, f"sm_{capability}", case, "nothing fits", *[""] * 6
     choice, machine = found
     sizes = [
         choice.constants[x] for x in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if x in choice.constants
@@ -108,7 +151,7 @@ def loss_row(launch: Launch, capability: int) -> tuple[object, ...]:
     counts = " ".join(f"{name} {n}" for name, n in machine.instructions.items() if n)
     loads = "TMA" if choice.constants.get("TMA") else "pointers"
     sizes = machine.warps, machine.registers, machine.stack, machine.shared // 1024
-    return name, f"sm_{capability}", loads, tile, *sizes, counts
+    return name, f"sm_{capability}", case, loads, tile, *sizes, counts
 
 
 def cases(*, every: bool) -> list[dict[str, Any]]:
@@ -138,7 +181,15 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(prog="bench/machine_code.py", description=__doc__)
     parser.add_argument("--every", action="store_true", help="all rules, sizes and dtypes: minutes")
-    every = parser.parse_args().every
+    parser.add_argument("--loss", action="store_true", help="the loss alone")
+    options = parser.parse_args()
+    if not options.loss:
+        print_attention(every=options.every)
+    print_loss()
+
+
+def print_attention(*, every: bool) -> None:
+    """Print the table of attention's kernels."""
     print(f"Triton {triton.__version__}, {HEADS} heads, one document; nothing was run.\n")
     print("| " + " | ".join(_HEADER) + " |\n" + "|---" * len(_HEADER) + "|")
     for case in cases(every=every):
@@ -146,16 +197,24 @@ def main() -> None:
         for launch in launches(capability, rules_of_interest()[name], **case):
             cells = row(launch, capability, tokens=case["tokens"], rules=name)
             print("| " + " | ".join(map(str, cells)) + " |", flush=True)
-    print_loss()
 
 
 def print_loss() -> None:
-    """Print the table of the loss's kernels."""
-    header = ("loss kernel", "GPU", "loads", "tile", *_HEADER[-5:])
-    print("\n| " + " | ".join(header) + " |\n" + "|---" * len(header) + "|")
+    """Print the table of the loss's kernels: of those that several cases share, once."""
+    (T, H, V), header = LOSSES[0].sizes, ("loss kernel", "GPU", "case", "loads", "tile")
+    print(f"\nTriton {triton.__version__}, {T} tokens, width {H}, vocabulary {V}, bfloat16 unless")
+    print("said otherwise; a kernel that several cases share is in the first. Nothing was run.\n")
+    header = *header, *_HEADER[-5:]
+    print("| " + " | ".join(header) + " |\n" + "|---" * len(header) + "|")
     for capability in (80, 90):
-        for launch in loss_launches(capability, torch.bfloat16):
-            print("| " + " | ".join(map(str, loss_row(launch, capability))) + " |", flush=True)
+        seen: set[tuple[object, ...]] = set()
+        for case in LOSSES:
+            for launch in loss_launches(capability, case):
+                key = compiled_alike(launch)
+                if key not in seen:
+                    cells = loss_row(launch, capability, case.name)
+                    print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+                seen.add(key)
 
 
 def _meta(*shape: int) -> torch.Tensor:

@@ -10,6 +10,8 @@ from transformers import PreTrainedModel
 from ..objectives import (
     EMO,
     Distillation,
+    LogSphericalSoftmax,
+    LogTaylorSoftmax,
     Reweighted,
     Salt,
     SelfDistillation,
@@ -35,6 +37,8 @@ _OBJECTIVES: dict[str, Callable[..., Any]] = {
     "reweighted": Reweighted,
     "emo": EMO,
     "spherical_z": SphericalZLoss,
+    "taylor_softmax": LogTaylorSoftmax,
+    "spherical_softmax": LogSphericalSoftmax,
 }
 
 

@@ -12,19 +12,16 @@ from .shapes import bind_shapes
 _CHUNK_BYTES = 48e6
 _CHUNK_ROWS = (256, 1024)
 
-DTYPES = {
-    "fused": (torch.float32, torch.bfloat16, torch.float16),
-    "reference": (torch.float64, torch.float32, torch.bfloat16, torch.float16),
-}
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_options(
-    reduction: str, reductions: tuple[str, ...], num_items: int | Tensor | None, impl: str
+    reduction: str, reductions: tuple[str, ...], num_items: float | Tensor | None, impl: str
 ) -> None:
     """Raise ValueError unless the options that all these losses share make sense together."""
     if reduction not in reductions:
         raise ValueError(f"reduction must be one of {reductions}, got {reduction!r}")
-    if impl not in DTYPES:
+    if impl not in ("fused", "reference"):
         raise ValueError(f"impl must be 'fused' or 'reference', got {impl!r}")
     check_items(num_items, reduction)
 
@@ -51,14 +48,12 @@ def check_tensors(
     """Raise unless input (..., H), linear_weight (V, H), target (...) and others fit together.
 
     Args:
-        impl: "fused" or "reference", which take different dtypes.
+        impl: "reference" takes float64 too.
         others: more floating-point tensors by name, each with its shape, as in ``bind_shapes``.
     """
     named = {"input": input, "linear_weight": linear_weight}
     named |= {name: tensor for name, (tensor, _) in others.items()}
-    for name, tensor in named.items():
-        if hasattr(tensor, "full_tensor"):
-            raise NotImplementedError(f"{name} is sharded (a DTensor); pass {name}.full_tensor()")
+    refuse_sharded(**named)
     if input.ndim < 1 or input.shape[:-1] != target.shape:
         raise ValueError(
             f"target must have input's shape without the last axis, got target "
@@ -68,35 +63,61 @@ def check_tensors(
     bind_shapes(linear_weight=(linear_weight, "V H"), input=(rows, "T H"), **others)
     if target.dtype != torch.int64:
         raise ValueError(f"target must be int64, got {target.dtype}; use target.long()")
+    check_devices(input, target=target, **named)
+    allowed = (*_DTYPES, torch.float64) if impl == "reference" else _DTYPES
     for name, tensor in named.items():
-        if tensor.device != target.device:
-            raise ValueError(f"{name} is on {tensor.device}, target on {target.device}; move one")
-        if tensor.dtype not in DTYPES[impl]:
+        if tensor.dtype not in allowed:
             raise ValueError(
                 f"{name} is {tensor.dtype}; impl='fused' takes float32, bfloat16 and float16, "
                 "impl='reference' also float64"
             )
 
 
-def check_labels(target: Tensor, valid: Tensor, vocabulary: int) -> None:
-    """Raise where a valid label is not in 0 .. V - 1; only on the CPU, elsewhere it would wait."""
-    if target.device.type != "cpu":
-        return
-    wrong = target[valid & ((target < 0) | (target >= vocabulary))]
-    if wrong.numel():
+def refuse_sharded(**named: Tensor) -> None:
+    """Raise NotImplementedError where a tensor is a DTensor."""
+    for name, tensor in named.items():
+        if hasattr(tensor, "full_tensor"):
+            raise NotImplementedError(f"{name} is sharded (a DTensor); pass {name}.full_tensor()")
+
+
+def check_devices(first: Tensor, **others: Tensor) -> None:
+    """Raise ValueError unless all are on the first one's device."""
+    wrong = {name: t.device for name, t in others.items() if t.device != first.device}
+    if wrong:
         raise ValueError(
-            f"target holds the label {wrong[0].item()}, but linear_weight has V={vocabulary} rows; "
-            f"expected 0 <= label < {vocabulary}, or ignore_index"
+            f"all tensors must be on one device, got {first.device} and "
+            + ", ".join(f"{name} on {device}" for name, device in wrong.items())
         )
 
 
-def denominator_of(valid: Tensor, reduction: str, num_items: int | Tensor | None) -> Tensor:
-    """Return what the sum of the losses is divided by: a float32 scalar, at least 1."""
-    if reduction != "mean":
-        return torch.ones((), device=valid.device)
-    if num_items is None:
-        return valid.sum().clamp(min=1).float()
-    return torch.as_tensor(num_items, device=valid.device).reshape(()).float().clamp(min=1)
+def check_labels(ids: Tensor, valid: Tensor, vocabulary: int) -> None:
+    """Raise where a valid label is not in 0 .. V - 1; only on the CPU, elsewhere it would wait.
+
+    Shapes: ids (T, K), the target first and soft labels behind it; valid (T,).
+    """
+    if ids.device.type != "cpu":
+        return
+    wrong = ((ids < 0) | (ids >= vocabulary)) & valid[:, None]
+    if not wrong.any():
+        return
+    row, column = wrong.nonzero()[0].tolist()
+    name = "soft_ids holds" if column else "target holds"
+    raise ValueError(
+        f"{name} the label {ids[row, column].item()}, but linear_weight has V={vocabulary} rows; "
+        f"expected 0 <= label < {vocabulary}, or a target of ignore_index"
+    )
+
+
+def denominator_of(valid: Tensor, reduction: str, num_items: float | Tensor | None) -> Tensor:
+    """Return what the sum of the losses is divided by: a float32 scalar, positive."""
+    total = valid.sum() if num_items is None else num_items
+    return positive(total if reduction == "mean" else 1, valid.device, torch.float32)
+
+
+def positive(value: float | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return the value to divide by as a scalar; 1 for 0, where the sum is 0 as well."""
+    value = torch.as_tensor(value, device=device).reshape(()).to(dtype)
+    return torch.where(value > 0, value, 1.0)
 
 
 def row_chunks(rows: Tensor, V: int) -> Iterator[Tensor]:

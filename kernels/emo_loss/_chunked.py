@@ -32,12 +32,12 @@ def forward(
     rules: Rules,
     input_grad: bool,
     weight_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return loss, nll, distance, lse as (4, T), and the gradients of the weighted loss."""
+) -> tuple[Tensor, ...]:
+    """Return loss, nll, distance, lse (T,), and the gradients of the weighted loss."""
     T, H = input.shape
     V = linear_weight.shape[0]
     active = token_weight.nonzero().squeeze(1)
-    values = input.new_zeros(4, T, dtype=torch.float32)
+    values = [input.new_zeros(T, dtype=torch.float32) for _ in range(4)]
     grad_input = input.new_zeros((T, H) if input_grad else 0, dtype=torch.float32)
     # the first chunk overwrites it, which saves filling it
     new = input.new_empty if len(active) else input.new_zeros
@@ -52,17 +52,19 @@ def forward(
         logits = torch.mm(x, W.t(), out=buffers[0, : len(rows)])  # (C, V)
         cosines = torch.mm(directions[y], directions.t(), out=buffers[1, : len(rows)])
         wanted = input_grad or weight_grad
-        values[:, rows] = _rows_(logits, cosines, y, token_weight[rows], rules, wanted)
+        found = _rows_(logits, cosines, y, token_weight[rows], rules, wanted)
+        for all_rows, chunk in zip(values, found, strict=True):
+            all_rows[rows] = chunk.float()
         if input_grad:
             grad_input[rows] = (logits @ W).mul_(rules.logit_scale)
         if weight_grad:
             grad_weight.addmm_(logits.t(), x, beta=0 if first else 1)
-    return values, grad_input, grad_weight
+    return *values, grad_input, grad_weight
 
 
 def _rows_(
     logits: Tensor, cosines: Tensor, target: Tensor, scale: Tensor, rules: Rules, wanted: bool
-) -> Tensor:
+) -> tuple[Tensor, ...]:
     """Turn products into scale x d loss / d products, if wanted; return the four values (4, C)."""
     slope = _cap_(logits, rules.softcap, wanted)
     s = _softmax_(logits, target)
@@ -81,7 +83,7 @@ def _rows_(
         if slope is not None:
             logits.mul_(slope)
     loss = of_nll * s.nll + of_distance * value + rules.z_loss * s.lse.square()
-    return torch.stack((loss, s.nll, value, s.lse)).float()
+    return loss, s.nll, value, s.lse
 
 
 def _column(values: Tensor) -> Tensor:

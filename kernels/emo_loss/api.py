@@ -1,13 +1,12 @@
-"""The public function: checks its arguments, chooses the implementation, binds the gradients."""
+"""The public function: checks its arguments, chooses the implementation, reduces."""
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .._common.labelled_rows import check_labels, check_options, check_tensors, denominator_of
+from .._common.reduced_loss import reduced, wants
 from . import ops
 from ._rules import Rules
 
@@ -88,17 +87,18 @@ def emo_loss(
     flat, labels = input.reshape(-1, input.shape[-1]), target.reshape(-1)
     valid = labels != ignore_index  # (T,)
     denominator = denominator_of(valid, reduction, num_items)
+    operands = (flat, linear_weight, cost.detach(), labels)
     if impl == "reference":
         from . import _reference as reference
 
-        check_labels(labels, valid, linear_weight.shape[0])
-        loss, *values = reference.forward(flat, linear_weight, cost, labels, valid, rules)
-        nll, distance, lse = (value.detach().float() for value in values)
-        z = z_loss * lse.square().sum() / denominator
-        return EmoLossOutput(loss.sum() / denominator, nll, distance, lse, z)
-    grads = tuple(t.requires_grad and torch.is_grad_enabled() for t in (flat, linear_weight))
-    args = (flat, linear_weight, cost.detach(), labels, valid, denominator, *rules, *grads)
-    return EmoLossOutput(*_Reduced.apply(*args))
+        check_labels(labels[:, None], valid, linear_weight.shape[0])
+        loss, *values = reference.forward(*operands, valid, rules)
+        loss, values = loss.sum() / denominator, [value.detach().float() for value in values]
+    else:
+        wanted = wants(flat, linear_weight)
+        loss, *values = reduced(ops, operands, valid / denominator, rules, wanted)
+    nll, distance, lse = values
+    return EmoLossOutput(loss, nll, distance, lse, z_loss * lse.square().sum() / denominator)
 
 
 def _rules(
@@ -121,41 +121,3 @@ def _rules(
     limit = math.inf if clamp is None else float(clamp)
     capped, scale = float(softcap or 0.0), float(logit_scale)
     return Rules(mode, limit, bool(exclude_own_mass), float(z_loss), capped, scale)
-
-
-class _Reduced(torch.autograd.Function):
-    """Mean or sum: the upstream gradient is one number, so the gradients come with the loss."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,  # noqa: A002
-        linear_weight: Tensor,
-        cost_weight: Tensor,
-        target: Tensor,
-        valid: Tensor,
-        denominator: Tensor,
-        *options: Any,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        *rules, input_grad, weight_grad = options
-        tensors = (input, linear_weight, cost_weight, target, valid / denominator)
-        values, *grads = ops.forward(*tensors, *rules, input_grad, weight_grad)
-        loss, nll, distance, lse = values.unbind()
-        # kept in float32: half precision would lose them before a loss scaler's factor arrives
-        ctx.save_for_backward(*grads)
-        ctx.wanted = (input_grad and input.dtype, weight_grad and linear_weight.dtype)
-        z = Rules(*rules).z_loss * lse.square().sum() / denominator
-        ctx.mark_non_differentiable(nll, distance, lse, z)
-        return loss.sum() / denominator, nll, distance, lse, z
-
-    @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, *grads: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        # never in place, nor as they are: a retained graph needs them again
-        scaled = [
-            (saved * grads[0]).to(dtype) if dtype else None
-            for saved, dtype in zip(ctx.saved_tensors, ctx.wanted, strict=True)
-        ]
-        return (*scaled, *[None] * 12)

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .._common import reduced_loss as _common
 from . import ops
+from ._rounding import scaled
 from ._rules import Rules
 
 
@@ -21,18 +23,12 @@ class Operands(NamedTuple):
     id_weight: Tensor  # (T, K)
     class_weight: Tensor | None  # (V,)
 
-    def wanted(self) -> tuple[bool, bool, bool]:
-        """Return which of the first three want a gradient."""
-        on = torch.is_grad_enabled()
-        first, second, third = (t is not None and t.requires_grad and on for t in self[:3])
-        return first, second, third
-
 
 def reduced(
     operands: Operands, token_weight: Tensor, rules: Rules, backend: Any = ops
 ) -> tuple[Tensor, ...]:
     """Return the sum of token_weight x loss, then nll, lse, entropy, correct (T,), detached."""
-    return _Reduced.apply(backend, rules, operands.wanted(), token_weight, *operands)
+    return _common.reduced(backend, operands, token_weight, rules, _common.wants(*operands[:3]))
 
 
 def per_token(
@@ -40,48 +36,6 @@ def per_token(
 ) -> tuple[Tensor, ...]:
     """Return token_weight x loss, nll, lse, entropy, correct (T,); the first three with grad."""
     return _PerToken.apply(backend, rules, token_weight, *operands)
-
-
-class _Reduced(torch.autograd.Function):
-    """One loss: its upstream gradient is one number, so the gradients come with it."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        backend: Any,
-        rules: Rules,
-        wanted: tuple[bool, bool, bool],
-        token_weight: Tensor,
-        *operands: Tensor | None,
-    ) -> tuple[Tensor, ...]:
-        loss, *values, grad_input, grad_weight, grad_bias = backend.forward(
-            *operands, token_weight, *rules, *wanted
-        )
-        # kept in float32: half precision would lose them before a loss scaler's factor arrives
-        ctx.grads = (grad_input, grad_weight, grad_bias)
-        ctx.save_for_backward(*operands, token_weight)
-        ctx.rules, ctx.wanted, ctx.backend = rules, wanted, backend
-        ctx.dtypes = _dtypes(operands, wanted)
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*values)
-        return (loss * token_weight).sum(), *values
-
-    @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, *upstream: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        # handed over without a copy; a graph that is retained computes them again
-        grads, ctx.grads = ctx.grads or _again(ctx), None
-        scaled = [
-            grad.mul_(upstream[0]).to(dtype) if dtype else None
-            for grad, dtype in zip(grads, ctx.dtypes, strict=True)
-        ]
-        return None, None, None, None, *scaled, None, None, None
-
-
-def _again(ctx: Any) -> tuple[Tensor, ...]:
-    return ctx.backend.forward(*ctx.saved_tensors, *ctx.rules, *ctx.wanted)[-3:]
 
 
 def _dtypes(operands: Sequence[Tensor | None], wanted: tuple[bool, ...]) -> list[Any]:

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from .._common.labelled_rows import DTYPES
+from .._common import labelled_rows as rows
 from .._common.shapes import bind_shapes
 
 
@@ -25,10 +25,10 @@ def choices(reduction: str, impl: str, grouped: bool) -> None:
     """Refuse names that do not exist."""
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
-    if impl not in DTYPES:
-        raise ValueError(f"impl must be 'fused' or 'reference', got {impl!r}")
-    if grouped and impl == "reference":
-        raise ValueError("impl='reference' takes no process_group; use impl='fused'")
+    if impl not in ("fused", "filtered", "reference"):
+        raise ValueError(f"impl must be 'fused', 'filtered' or 'reference', got {impl!r}")
+    if grouped and impl != "fused":
+        raise ValueError(f"impl={impl!r} takes no process_group; use impl='fused'")
 
 
 def operands(
@@ -40,33 +40,13 @@ def operands(
     impl: str,
 ) -> None:
     """Refuse tensors whose shapes, dtypes or devices disagree."""
-    named = {
-        "input": input,
-        "linear_weight": linear_weight,
-        "linear_bias": linear_bias,
-        "weight": weight,
-    }
-    present = {name: tensor for name, tensor in named.items() if tensor is not None}
-    for name, tensor in present.items():
-        if hasattr(tensor, "full_tensor"):
-            raise NotImplementedError(f"{name} is sharded (a DTensor); pass {name}.full_tensor()")
-    if input.ndim < 1 or input.shape[:-1] != target.shape:
-        raise ValueError(
-            f"target must have input's shape without the last axis, got target "
-            f"{tuple(target.shape)} and input {tuple(input.shape)}"
-        )
-    rows = (input.reshape(-1, input.shape[-1]), "T H")
-    vectors = {name: (present[name], "V") for name in ("linear_bias", "weight") if name in present}
-    bind_shapes(linear_weight=(linear_weight, "V H"), input=rows, **vectors)
-    if target.dtype != torch.int64:
-        raise ValueError(f"target must be int64, got {target.dtype}; use target.long()")
-    _same_device(input, target=target, **present)
-    for name in ("input", "linear_weight", "linear_bias"):
-        if name in present and present[name].dtype not in DTYPES[impl]:
-            raise ValueError(
-                f"{name} is {present[name].dtype}; impl='fused' takes float32, bfloat16 and "
-                "float16, impl='reference' also float64"
-            )
+    bias = {} if linear_bias is None else {"linear_bias": (linear_bias, "V")}
+    rows.check_tensors(input, linear_weight, target, impl, **bias)
+    if weight is None:
+        return
+    rows.refuse_sharded(weight=weight)
+    bind_shapes(linear_weight=(linear_weight, "V H"), weight=(weight, "V"))
+    rows.check_devices(input, weight=weight)
     _constant("weight", weight)
 
 
@@ -87,7 +67,9 @@ def shares(
     if (soft_ids is None) != (soft_weights is None):
         raise ValueError("soft_ids and soft_weights go together; one of them is None")
     named = {"token_weight": token_weight, "soft_ids": soft_ids, "soft_weights": soft_weights}
-    _same_device(target, **{name: tensor for name, tensor in named.items() if tensor is not None})
+    rows.check_devices(
+        target, **{name: tensor for name, tensor in named.items() if tensor is not None}
+    )
     if soft_ids is None or soft_weights is None:
         return
     fits = soft_ids.ndim == target.ndim + 1 and soft_ids.shape[:-1] == target.shape
@@ -98,15 +80,6 @@ def shares(
         )
     if soft_ids.dtype != torch.int64:
         raise ValueError(f"soft_ids must be int64, got {soft_ids.dtype}; use soft_ids.long()")
-
-
-def _same_device(first: Tensor, **others: Tensor) -> None:
-    wrong = {name: t.device for name, t in others.items() if t.device != first.device}
-    if wrong:
-        raise ValueError(
-            f"all tensors must be on one device, got {first.device} and "
-            + ", ".join(f"{name} on {device}" for name, device in wrong.items())
-        )
 
 
 def _constant(name: str, tensor: Tensor | None) -> None:

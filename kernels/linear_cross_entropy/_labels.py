@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._common.labelled_rows import positive
+
 Lookup = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -41,7 +43,7 @@ def targets(
         ids,
         (1 - smoothing) * share * of_ids,
         torch.where(valid, each.reshape(-1).to(dtype), 0.0),
-        _divisor(total if divide else 1.0, valid.device, dtype),
+        positive(total if divide else 1.0, valid.device, dtype),
     )
 
 
@@ -63,9 +65,3 @@ def _shares(
     share = torch.where(joins, 0.0, share)
     left = 1 - share.sum(1, keepdim=True)
     return torch.cat([target[:, None], soft_ids], 1), torch.cat([left, share], 1)
-
-
-def _divisor(value: float | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    value = torch.as_tensor(value, device=device).reshape(()).to(dtype)
-    # nothing to divide: the sum is 0 as well, and so stays the loss
-    return torch.where(value > 0, value, 1.0)

@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .._common.labelled_rows import check_labels
 from . import _chunked as chunked
 from . import _passes as passes
 from ._passes import Labels, Upstream
 from ._rules import Rules
-from .ops import check_labels
 
 
 class Slices:

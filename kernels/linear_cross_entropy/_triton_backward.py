@@ -56,7 +56,7 @@ def backward(
         if wanted[1]:
             run.weight_gradient(part, rows, e, case.x, grad_weight[block], add=False)
         if wanted[2]:
-            run.bias_gradient(part, rows, e, grad_bias[block], add=False)
+            by_row.bias_gradient(part, rows, e, grad_bias[block], add=False)
     at_target = _at_target(case, center, push, nll, rest)
     _add_targets(case, at_target, (grad_input, grad_weight, grad_bias), wanted)
     return grad_input, grad_weight, grad_bias

@@ -184,17 +184,20 @@ def exponentials_kernel(
             )  # fmt: skip
 
 
-def configurations(major: int, *, tma: bool, heavy: bool) -> list[Configuration]:
+def configurations(major: int, *, tma: bool, after: int) -> list[Configuration]:
     """Return the ways to compile the kernel, the best first; all cut the result alike.
 
     Args:
         major: of the compute capability.
         tma: whether descriptors can address the matrices.
-        heavy: whether what follows the product needs many registers.
+        after: what follows the product and takes registers: 0 the exponential alone, 1 also a bias
+            or smoothing, 2 a cap, 3 a cap and smoothing.
     """
     if major < 9 or not tma:
         # addresses take the registers that half of a wide tile would need
-        return [Configuration(False, 128, 128, 32, 8, stages) for stages in (4, 3)]
-    if heavy:
-        return [Configuration(True, 128, 128, 64, 8, stages) for stages in (4, 3)]
+        columns = 64 if after >= 2 else 128
+        return [Configuration(False, 128, columns, 32, 8, stages) for stages in (4, 3)]
+    if after:
+        columns = 64 if after == 3 else 128
+        return [Configuration(True, 128, columns, 64, 8, stages) for stages in (4, 3)]
     return [Configuration(True, 128, 256, 64, 8, stages) for stages in (3, 2)]

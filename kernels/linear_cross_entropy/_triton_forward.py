@@ -8,6 +8,7 @@ products with them (kernels/linear_cross_entropy/README.md).
 import torch
 from torch import Tensor
 
+from . import _triton_filter as tiles
 from . import _triton_launch as run
 from . import _triton_launch_rows as by_row
 from ._rules import Rules
@@ -32,6 +33,8 @@ def forward(
     token_weight: Tensor,
     rules: Rules,
     wanted: tuple[bool, bool, bool],
+    *,
+    filtered: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return loss, nll, lse, entropy, correct (T,), and the gradients of input, weight, bias."""
     T, (V, H) = len(input), linear_weight.shape
@@ -49,7 +52,7 @@ def forward(
     case = case_of(*rest, token_weight, valid, rules)
     # a capped logit's slope is not in what a chunk stores, and smoothing needs it at every class
     later = any(wanted) and rules.softcap > 0 and rules.smoothing > 0
-    pass_ = _Pass(case, results, (False, False, False) if later else wanted)
+    pass_ = _Pass(case, results, (False, False, False) if later else wanted, filtered)
     for rows in pass_.chunks():
         pass_.chunk(rows, (grad_input, grad_weight, grad_bias))
     if later:
@@ -67,9 +70,13 @@ class _Pass:
     """The buffers of one call."""
 
     def __init__(
-        self, case: Case, results: tuple[Tensor, ...], wanted: tuple[bool, bool, bool]
+        self,
+        case: Case,
+        results: tuple[Tensor, ...],
+        wanted: tuple[bool, bool, bool],
+        filtered: bool,
     ) -> None:
-        self.case, self.results, self.wanted = case, results, wanted
+        self.case, self.results, self.wanted, self.filtered = case, results, wanted, filtered
         x, V = case.x, len(case.linear_weight)
         C = self.chunks()[0].stop
         self.e = self.scaled = None
@@ -78,7 +85,7 @@ class _Pass:
             self.e = x.new_empty(C, padded(V, 8), dtype=case.stored)[:, :V]
             self.values = tuple(x.new_empty(len(x), dtype=torch.float32) for _ in range(4))
         if wanted[1]:
-            self.scaled = x.new_empty(C, x.stride(0), dtype=case.stored)[:, : x.shape[1]]
+            self.scaled = x.new_empty(C, x.shape[1], dtype=case.stored)
         self.center = case.logits[:, 0] + _ABOVE_TARGET
         self.again = x.new_zeros(len(x), dtype=torch.int32)
         kinds = 4 if case.rules.smoothing else 3
@@ -106,15 +113,19 @@ class _Pass:
         if e is None or push is None or factor is None or rest is None or own is None:
             return
         scaled = None if self.scaled is None else self.scaled[:C]
-        mode = (factor, rest, own)
-        by_row.mend_labels(case, rows, e, self.results[2], push, scaled=scaled, mode=mode)
-        add = rows.start > 0
+        lse, active = self.results[2], None
+        if self.filtered:
+            active = tiles.active_tiles(case, rows, lse, self.center, self.sums)
+        mode = {"mode": (factor, rest, own), "active": active}
+        by_row.mend_labels(case, rows, e, lse, push, scaled=scaled, **mode)
+        of_rows, of_columns = (None, None) if active is None else tiles.kept(active)
+        add, more = rows.start > 0, {"factor": factor, "dense": self.dense}
         if self.wanted[0]:
-            run.input_gradient(case, rows, e, grads[0], factor=factor, dense=self.dense)
+            run.input_gradient(case, rows, e, grads[0], kept=of_rows, **more)
         if scaled is not None:
-            run.weight_gradient(case, rows, e, scaled, grads[1], add=add)
+            run.weight_gradient(case, rows, e, scaled, grads[1], kept=of_columns, add=add)
         if self.wanted[2]:
-            run.bias_gradient(case, rows, e, grads[2], factor=factor, add=add)
+            by_row.bias_gradient(case, rows, e, grads[2], factor=factor, add=add)
 
     def _sums(self, rows: slice, e: Tensor | None) -> None:
         case, more = self.case, (self.values, self.class_sum)

@@ -1,6 +1,6 @@
 """Launching the kernels of the loss: rows in order, buffers, and the arguments of each kernel."""
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
@@ -12,6 +12,9 @@ from . import _triton_products as products
 from . import _triton_rows as by_row
 from ._rules import Rules
 from ._triton_tiles import ROWS, Configuration, Fixed, fits_tma
+
+if TYPE_CHECKING:
+    from ._triton_filter import Kept
 
 
 class Case(NamedTuple):
@@ -61,7 +64,10 @@ def case_of(
     valid: Tensor,
     rules: Rules,
 ) -> Case:
-    """Put the valid rows first, in their order; the host does not learn how many there are."""
+    """Put the valid rows first, in their order; the host does not learn how many there are.
+
+    H is a multiple of 16; rows of a weight that no wide load can read are copied.
+    """
     (T, H), K = input.shape, ids.shape[1]
     P = padded(T, ROWS)
     # rows after the last token are never valid
@@ -69,11 +75,10 @@ def case_of(
     order[:T] = torch.argsort((~valid).to(torch.int32), stable=True)
     token = input.new_zeros(P, dtype=torch.float32)
     token[:T] = torch.where(valid, token_weight, 0.0)[order[:T]]
-    x = input.new_empty(P, padded(H, 8))[:, :H]
     weight = linear_weight.to(input.dtype)
     case = Case(
-        x,
-        weight if weight.stride(1) == 1 else weight.contiguous(),
+        input.new_empty(P, H),
+        weight if weight.stride(0) % 16 == 0 and fits_tma(weight) else _copied(weight),
         None if linear_bias is None else linear_bias.contiguous(),
         ids.contiguous(),
         id_weight.contiguous(),
@@ -87,6 +92,10 @@ def case_of(
     )
     _gather(case, input if input.stride(1) == 1 else input.contiguous())
     return case
+
+
+def _copied(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def padded(size: int, multiple: int) -> int:
@@ -181,10 +190,10 @@ def exponentials_of(
 
 def exponential_choices(case: Case) -> list[Configuration]:
     """Return the configurations of the first product; all have the same tiles."""
-    # descriptors can address our own buffers
     tma = fits_tma(case.linear_weight)
-    heavy = case.rules.softcap > 0 or case.rules.smoothing > 0 or case.linear_bias is not None
-    return exponentials.configurations(capability(case.x.device)[0], tma=tma, heavy=heavy)
+    capped, smooth = case.rules.softcap > 0, case.rules.smoothing > 0
+    after = 2 + smooth if capped else int(smooth or case.linear_bias is not None)
+    return exponentials.configurations(capability(case.x.device)[0], tma=tma, after=after)
 
 
 def pieces(case: Case) -> int:
@@ -201,6 +210,7 @@ def input_gradient(
     *,
     factor: Tensor | None = None,
     dense: Tensor | None = None,
+    kept: "Kept | None" = None,
     add: bool = False,
 ) -> None:
     """Write factor x scale x (e @ W) - weight x scale x dense to the rows' tokens, or add it."""
@@ -223,14 +233,22 @@ def input_gradient(
         "scale": case.rules.logit_scale,
         "ADD": add,
         "PRECISION": _precision(case),
+        **_filter(kept),
     }
-    choices = _product_choices(e, case.linear_weight)
+    choices = _product_choices(e, case.linear_weight, listed=kept is not None)
     tiles = triton.cdiv(len(e), choices[0].rows) * triton.cdiv(out.shape[1], choices[0].columns)
     _products(products.input_kernel, tiles, arguments, choices)
 
 
 def weight_gradient(
-    case: Case, rows: slice, e: Tensor, x: Tensor, out: Tensor, *, add: bool
+    case: Case,
+    rows: slice,
+    e: Tensor,
+    x: Tensor,
+    out: Tensor,
+    *,
+    kept: "Kept | None" = None,
+    add: bool,
 ) -> None:
     """Write e.T @ x, or add it."""
     arguments = {
@@ -247,40 +265,29 @@ def weight_gradient(
         "stride_out": out.stride(0),
         "ADD": add,
         "PRECISION": _precision(case),
+        **_filter(kept),
     }
-    choices = _product_choices(e, x)
+    choices = _product_choices(e, x, listed=kept is not None)
     tiles = triton.cdiv(e.shape[1], choices[0].rows) * triton.cdiv(out.shape[1], choices[0].columns)
     _products(products.weight_kernel, tiles, arguments, choices)
 
 
-def bias_gradient(
-    case: Case, rows: slice, e: Tensor, out: Tensor, *, factor: Tensor | None = None, add: bool
-) -> None:
-    """Write the sum over rows of factor x scale x e, or add it."""
-    arguments = {
-        "out_ptr": out,
-        "e_ptr": e,
-        "factor_ptr": None if factor is None else factor[rows],
-        "count_ptr": case.n_valid,
-        "first": rows.start,
-        "C": len(e),
-        "V": e.shape[1],
-        "stride_e": e.stride(0),
-        "scale": case.rules.logit_scale,
-        "ADD": add,
-        "BLOCK_R": 32,
-        "BLOCK_V": 128,
-    }
-    each_row(products.bias_kernel, triton.cdiv(e.shape[1], 128), arguments)
+def _filter(kept: "Kept | None") -> dict[str, Any]:
+    if kept is None:
+        return {"kept_ptr": None, "counts_ptr": None, "stride_kept": 0, "KEPT": 0}
+    tiles, counts, size = kept
+    return {"kept_ptr": tiles, "counts_ptr": counts, "stride_kept": tiles.stride(0), "KEPT": size}
 
 
 def _precision(case: Case) -> str:
     return "ieee" if case.x.dtype == torch.float32 else "tf32"
 
 
-def _product_choices(e: Tensor, other: Tensor) -> list[Configuration]:
+def _product_choices(e: Tensor, other: Tensor, *, listed: bool) -> list[Configuration]:
     tma = fits_tma(e) and fits_tma(other)
-    return products.configurations(capability(e.device)[0], e.element_size(), tma=tma)
+    return products.configurations(
+        capability(e.device)[0], e.element_size(), tma=tma, listed=listed
+    )
 
 
 def block(size: int) -> int:

@@ -1,11 +1,17 @@
-"""Launching the kernels of the loss that go row by row: the sums' end, and the labels' columns."""
+"""Launching the kernels of the loss without products: sums, the labels' columns, bias."""
+
+from typing import TYPE_CHECKING
 
 import triton
 from torch import Tensor
 
+from . import _triton_products as products
 from . import _triton_rows as by_row
 from ._triton_launch import Case, block, each_row
 from ._triton_tiles import ROWS
+
+if TYPE_CHECKING:
+    from ._triton_filter import Active
 
 
 def finish(
@@ -62,6 +68,7 @@ def mend_labels(
     *,
     scaled: Tensor | None = None,
     mode: tuple[Tensor, Tensor, Tensor] | tuple[None, None, None] = (None, None, None),
+    active: "Active | None" = None,
     offset: int = 0,
     share: float = 0.0,
 ) -> None:
@@ -70,6 +77,7 @@ def mend_labels(
     Args:
         mode: factor, rest and own (P,): `e` is in units of the factor. Without them it is the
             gradient, and the target's column is left alone.
+        active: the tiles that count, to which those of the labels are added.
         offset: the first class of `e`.
         share: of each class in a smoothed label, where `e` is the gradient.
     """
@@ -89,6 +97,7 @@ def mend_labels(
         "lse_ptr": lse,
         "push_ptr": push[rows],
         **dict(zip(("factor_ptr", "rest_ptr", "own_ptr"), parts, strict=True)),
+        "active_ptr": None if active is None else active.flags,
         "first": rows.start,
         "offset": offset,
         "C": len(x),
@@ -98,12 +107,35 @@ def mend_labels(
         "stride_e": e.stride(0),
         "stride_x": x.stride(0),
         "stride_scaled": 0 if scaled is None else scaled.stride(0),
+        "stride_active": 0 if active is None else active.flags.stride(0),
         "scale": case.rules.logit_scale,
         "cap": case.rules.softcap or 1.0,
         "share": share,
         "ROWS": ROWS,
+        "PIECE": 0 if active is None else active.size[1],
         "CAPPED": case.rules.softcap > 0,
         "BLOCK_K": triton.next_power_of_2(K),
         "BLOCK_H": block(x.shape[1]),
     }
     each_row(by_row.labels_kernel, len(x), arguments)
+
+
+def bias_gradient(
+    case: Case, rows: slice, e: Tensor, out: Tensor, *, factor: Tensor | None = None, add: bool
+) -> None:
+    """Write the sum over rows of factor x scale x e, or add it."""
+    arguments = {
+        "out_ptr": out,
+        "e_ptr": e,
+        "factor_ptr": None if factor is None else factor[rows],
+        "count_ptr": case.n_valid,
+        "first": rows.start,
+        "C": len(e),
+        "V": e.shape[1],
+        "stride_e": e.stride(0),
+        "scale": case.rules.logit_scale,
+        "ADD": add,
+        "BLOCK_R": 32,
+        "BLOCK_V": 128,
+    }
+    each_row(products.bias_kernel, triton.cdiv(e.shape[1], 128), arguments)

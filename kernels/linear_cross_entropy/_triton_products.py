@@ -11,6 +11,12 @@ from ._triton_tiles import Configuration, load_block, place, rows_here
 
 
 @triton.jit
+def listed(kept_ptr, step, KEPT: tl.constexpr):
+    """Return where the block lies that is `step` rows or columns into the listed tiles."""
+    return tl.load(kept_ptr + step // KEPT) * KEPT + step % KEPT
+
+
+@triton.jit
 def leave(
     acc,
     i_piece,
@@ -54,6 +60,8 @@ def input_kernel(
     factor_ptr,
     token_ptr,
     dense_ptr,
+    kept_ptr,
+    counts_ptr,
     first,
     C,
     V,
@@ -61,15 +69,20 @@ def input_kernel(
     stride_e,
     stride_w,
     stride_out,
+    stride_kept,
     scale,
     ADD: tl.constexpr,
     PRECISION: tl.constexpr,
+    KEPT: tl.constexpr,
     TMA: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Write factor scale (e @ w) - token scale dense to the rows' places, or add it."""
+    """Write factor scale (e @ w) - token scale dense to the rows' places, or add it.
+
+    With kept_ptr only the listed tiles of KEPT columns of e are multiplied.
+    """
     here = rows_here(count_ptr, first, C)
     row_tiles, column_tiles = tl.cdiv(here, BLOCK_M), tl.cdiv(H, BLOCK_N)
     if TMA:
@@ -79,7 +92,14 @@ def input_kernel(
         i_row, i_column = place(i, row_tiles, column_tiles)
         o_rows = i_row * BLOCK_M + tl.arange(0, BLOCK_M)
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for k in range(0, V, BLOCK_K):
+        end = V
+        if kept_ptr is not None:
+            # never 0: the tiles of the labels are listed
+            end = tl.load(counts_ptr + i_row) * KEPT
+        for step in range(0, end, BLOCK_K):
+            k = step
+            if kept_ptr is not None:
+                k = listed(kept_ptr + i_row * stride_kept, step, KEPT)
             if TMA:
                 b_e = e_rows.load([i_row * BLOCK_M, k])
                 b_w = w_rows.load([k, i_column * BLOCK_N])
@@ -128,6 +148,8 @@ def weight_kernel(
     e_ptr,
     x_ptr,
     count_ptr,
+    kept_ptr,
+    counts_ptr,
     first,
     C,
     V,
@@ -135,14 +157,16 @@ def weight_kernel(
     stride_e,
     stride_x,
     stride_out,
+    stride_kept,
     ADD: tl.constexpr,
     PRECISION: tl.constexpr,
+    KEPT: tl.constexpr,
     TMA: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Write e.T @ x, or add it."""
+    """Write e.T @ x, or add it; with kept_ptr, of the listed tiles of KEPT rows of e."""
     here = rows_here(count_ptr, first, C)
     row_tiles, column_tiles = tl.cdiv(V, BLOCK_M), tl.cdiv(H, BLOCK_N)
     tiles = row_tiles * column_tiles
@@ -157,16 +181,24 @@ def weight_kernel(
         o_rows = i_row * BLOCK_M + tl.arange(0, BLOCK_M)
         o_columns = i_column * BLOCK_N + tl.arange(0, BLOCK_N)
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for k in range(0, here, BLOCK_K):
-            # rows from `here` on are zeros to the end of the block, in both
+        end = here
+        if kept_ptr is not None:
+            end = tl.load(counts_ptr + i_row) * KEPT
+        for step in range(0, end, BLOCK_K):
+            k = step
+            if kept_ptr is not None:
+                k = listed(kept_ptr + i_row * stride_kept, step, KEPT)
+            # rows from `here` on are zeros to the end of the tile, in both
             if TMA:
-                b_e = e_rows.load([k, i_row * BLOCK_M])
+                b_e = e_rows.load([k, i_row * BLOCK_M]).T
                 b_x = x_rows.load([k, i_column * BLOCK_N])
             else:
                 o_k = k + tl.arange(0, BLOCK_K)
-                b_e = load_block(e_ptr, o_k, C, o_rows, V, stride_e)
+                m_e = (o_rows[:, None] < V) & (o_k[None, :] < C)
+                o_e = o_k.to(tl.int64)[None, :] * stride_e + o_rows[:, None]
+                b_e = tl.load(e_ptr + o_e, mask=m_e, other=0.0)
                 b_x = load_block(x_ptr, o_k, C, o_columns, H, stride_x)
-            acc = tl.dot(b_e.T, b_x.to(b_e.dtype), acc, input_precision=PRECISION)
+            acc = tl.dot(b_e, b_x.to(b_e.dtype), acc, input_precision=PRECISION)
         if BLOCK_N == 256:
             halves = tl.permute(tl.reshape(acc, [BLOCK_M, 2, 128]), [0, 2, 1])
             left, right = tl.split(halves)
@@ -207,15 +239,18 @@ def bias_kernel(
     tl.store(out_ptr + o_columns, total, mask=o_columns < V)
 
 
-def configurations(major: int, itemsize: int, *, tma: bool) -> list[Configuration]:
+def configurations(major: int, itemsize: int, *, tma: bool, listed: bool) -> list[Configuration]:
     """Return the ways to compile both products, the best first; all cut the result alike.
 
     Args:
         major: of the compute capability.
         itemsize: bytes of an exponential; 4 are multiplied as TensorFloat32.
         tma: whether descriptors can address the matrices.
+        listed: whether blocks are where a list says.
     """
+    # half of the stages go to the list: with these as many blocks are loaded ahead
+    stages = (5, 3) if listed else (3, 2)
     if major < 9 or itemsize == 4 or not tma:
         # addresses take the registers that a wide tile would need
-        return [Configuration(False, 128, 128, 32, 8, stages) for stages in (3, 2)]
-    return [Configuration(True, 128, 256, 64, 8, stages) for stages in (3, 2)]
+        return [Configuration(False, 128, 128, 32, 8, n) for n in stages]
+    return [Configuration(True, 128, 256, 64, 8, n) for n in stages]

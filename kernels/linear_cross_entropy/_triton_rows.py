@@ -199,6 +199,7 @@ def labels_kernel(
     factor_ptr,
     rest_ptr,
     own_ptr,
+    active_ptr,
     first,
     offset,
     C,
@@ -208,10 +209,12 @@ def labels_kernel(
     stride_e,
     stride_x,
     stride_scaled,
+    stride_active,
     scale,
     cap,
     share,
     ROWS: tl.constexpr,
+    PIECE: tl.constexpr,
     CAPPED: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -219,7 +222,7 @@ def labels_kernel(
     """Write a row's gradient at its labels, and x times the row's factor and scale.
 
     Without factor_ptr the tile holds the gradient itself, of columns from `offset` on, and the
-    target's column is left alone.
+    target's column is left alone. With active_ptr the tiles of the labels are marked there.
     """
     row = tl.program_id(0).to(tl.int64)
     here = rows_here(count_ptr, first, C)
@@ -255,6 +258,8 @@ def labels_kernel(
         is_target = b_ids == target
         column = b_ids - offset
         m_k = m_k & (column >= 0) & (column < V)
+        if active_ptr is not None:
+            tl.store(active_ptr + row // ROWS * stride_active + column // PIECE, 1, mask=m_k)
         if factor_ptr is not None:
             # p - 1 without the difference
             rest = tl.load(rest_ptr + row)

@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._common.labelled_rows import check_items
+from .._common.labelled_rows import check_items, check_labels
 from . import _checks as check
+from . import _filtered as filtered
 from . import ops
 from ._autograd import Operands, per_token, reduced
 from ._labels import Lookup, at_ids, targets
@@ -85,8 +86,13 @@ def linear_cross_entropy(
         process_group: the ranks whose linear_weight, linear_bias and weight are slices of the
             vocabulary, in rank order. The other arguments, ids of the whole vocabulary among them,
             are the same on all ranks, and so are the result and input's gradient.
-        impl: "fused" (chunks of logits, gradients computed with the loss) or "reference" (plain
-            PyTorch in the inputs' precision, at least float32, differentiable twice).
+        impl: "fused" (chunks of logits, gradients computed with the loss); "filtered" (the same
+            outputs, but the gradients of input and linear_weight leave out each tile of 128 tokens
+            and 128 classes that holds no label and no softmax of eps / 32 or more, eps that of the
+            dtype: 2.4e-4 in bfloat16. Only on GPUs in half precision: on the CPU, in float32, for
+            reduction "none", and with both softcap and label_smoothing, nothing is left out); or
+            "reference" (plain PyTorch in the inputs' precision, at least float32, differentiable
+            twice).
 
     Raises:
         ValueError: shapes, dtypes or devices disagree, an option is unknown, or, on the CPU, a
@@ -94,6 +100,7 @@ def linear_cross_entropy(
         NotImplementedError: a tensor is sharded by torch (a DTensor).
 
     Source: z_loss: PaLM, arXiv:2204.02311, section 5; soft labels: SALT, arXiv:2410.18779;
+    "filtered": gradient filtering of Cut Cross-Entropy, arXiv:2411.09009;
     everything in one pass over chunks: ours, after the chunked losses that the README lists.
     """
     check.choices(reduction, impl, grouped=process_group is not None)
@@ -101,7 +108,7 @@ def linear_cross_entropy(
     check_items(num_items, reduction)
     check.operands(input, linear_weight, linear_bias, weight, target, impl)
     check.shares(target, token_weight, soft_ids, soft_weights)
-    backend, lookup = _backend(process_group, linear_weight)
+    backend, lookup = _backend(process_group, linear_weight, impl)
     dtype = _label_dtype(input, linear_weight, impl)
     labels = targets(
         target.reshape(-1),
@@ -126,10 +133,10 @@ def linear_cross_entropy(
     return _output(loss, *values, scale, z_loss, target.shape)
 
 
-def _backend(group: "ProcessGroup | None", linear_weight: Tensor) -> tuple[Any, Lookup]:
+def _backend(group: "ProcessGroup | None", linear_weight: Tensor, impl: str) -> tuple[Any, Lookup]:
     """Return what has the ops' forward and backward, and what reads class weights."""
     if group is None:
-        return ops, at_ids
+        return (filtered if impl == "filtered" else ops), at_ids
     from ._parallel import Slices
 
     slices = Slices(group, linear_weight)
@@ -137,7 +144,7 @@ def _backend(group: "ProcessGroup | None", linear_weight: Tensor) -> tuple[Any, 
 
 
 def _label_dtype(input: Tensor, linear_weight: Tensor, impl: str) -> torch.dtype:  # noqa: A002
-    if impl == "fused":
+    if impl != "reference":
         return torch.float32
     return torch.promote_types(input.dtype, torch.promote_types(linear_weight.dtype, torch.float32))
 
@@ -145,7 +152,7 @@ def _label_dtype(input: Tensor, linear_weight: Tensor, impl: str) -> torch.dtype
 def _reference(operands: Operands, scale: Tensor, rules: Rules, backend: Any) -> tuple[Tensor, ...]:
     from . import _reference as reference
 
-    ops.check_labels(operands.ids, scale != 0, operands.linear_weight.shape[0])
+    check_labels(operands.ids, scale != 0, operands.linear_weight.shape[0])
     return reference.forward(operands, scale, rules)
 
 

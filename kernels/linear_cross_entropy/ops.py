@@ -1,4 +1,4 @@
-"""Operator contracts of the loss: schemas, fake kernels, lazy dispatch, and the check of labels."""
+"""Operator contracts of the loss: schemas, fake kernels, lazy dispatch."""
 
 from types import ModuleType
 from typing import Any
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .._common.autocast import outside_autocast
+from .._common.labelled_rows import check_labels
 
 _OPERANDS = "Tensor input, Tensor linear_weight, Tensor? linear_bias, "
 _LABELS = "Tensor ids, Tensor id_weight, Tensor? class_weight, "
@@ -18,9 +19,10 @@ _GRADIENTS = "Tensor grad_input, Tensor grad_weight, Tensor grad_bias"
 
 # ids (T, K): the target first; tokens of weight 0 are left out, nothing of them is read. loss is
 # without token_weight, the gradients are with it: float32, of shape (0,) where not asked for.
+# filtered allows gradients without tiles of next to nothing.
 torch.library.define(
     "apical::linear_cross_entropy_forward",
-    f"({_OPERANDS}{_LABELS}Tensor token_weight, {_RULES}) "
+    f"({_OPERANDS}{_LABELS}Tensor token_weight, {_RULES}, *, bool filtered=False) "
     f"-> (Tensor loss, Tensor nll, Tensor lse, Tensor entropy, Tensor correct, {_GRADIENTS})",
 )
 torch.library.define(
@@ -28,21 +30,6 @@ torch.library.define(
     f"(Tensor grad_loss, Tensor? grad_nll, Tensor? grad_lse, {_OPERANDS}{_LABELS}"
     f"Tensor lse, Tensor valid, {_RULES}) -> ({_GRADIENTS})",
 )
-
-
-def check_labels(ids: Tensor, valid: Tensor, vocabulary: int) -> None:
-    """Raise where a valid label is not in 0 .. V - 1; only on the CPU, elsewhere it would wait."""
-    if ids.device.type != "cpu":
-        return
-    wrong = ((ids < 0) | (ids >= vocabulary)) & valid[:, None]
-    if not wrong.any():
-        return
-    row, column = wrong.nonzero()[0].tolist()
-    name = "soft_ids holds" if column else "target holds"
-    raise ValueError(
-        f"{name} the label {ids[row, column].item()}, but linear_weight has V={vocabulary} rows; "
-        f"expected 0 <= label < {vocabulary}, or a target of ignore_index"
-    )
 
 
 def _backend(input: Tensor, linear_weight: Tensor) -> ModuleType:  # noqa: A002
@@ -61,10 +48,17 @@ def _forward(
     id_weight: Tensor,
     class_weight: Tensor | None,
     token_weight: Tensor,
-    *numbers: float,
+    *numbers: Any,
+    filtered: bool = False,
 ) -> tuple[Tensor, ...]:
     check_labels(ids, token_weight != 0, linear_weight.shape[0])
     operands, labels = (input, linear_weight, linear_bias), (ids, id_weight, class_weight)
+    if filtered:
+        from . import _triton as compiled
+
+        # chunks of rows skip nothing: their products are torch's
+        if compiled.takes(input, linear_weight):
+            return compiled.forward(*operands, *labels, token_weight, *numbers, filtered=True)
     return _backend(input, linear_weight).forward(*operands, *labels, token_weight, *numbers)
 
 
@@ -103,7 +97,12 @@ def _fake_grads(
 
 
 @torch.library.register_fake("apical::linear_cross_entropy_forward")
-def _(input: Tensor, linear_weight: Tensor, *others: Any) -> tuple[Tensor, ...]:  # noqa: A002
+def _(
+    input: Tensor,  # noqa: A002
+    linear_weight: Tensor,
+    *others: Any,
+    filtered: bool = False,
+) -> tuple[Tensor, ...]:
     values = [input.new_empty(input.shape[0], dtype=torch.float32) for _ in range(5)]
     return *values, *_fake_grads(input, linear_weight, *others[-3:])
 

@@ -102,7 +102,7 @@ def spherical_statistics(
     if impl == "reference":
         from . import _reference as reference
 
-        check_labels(labels, valid, linear_weight.shape[0])
+        check_labels(labels[:, None], valid, linear_weight.shape[0])
         return reference.forward(flat, linear_weight, labels, valid)
     input_grad = flat.requires_grad and torch.is_grad_enabled()
     values = _Statistics.apply(flat, linear_weight, labels, valid, input_grad)

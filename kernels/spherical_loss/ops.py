@@ -31,7 +31,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from . import _moments as moments
 
-    check_labels(target, valid, linear_weight.shape[0])
+    check_labels(target[:, None], valid, linear_weight.shape[0])
     return moments.forward(input, linear_weight, target, valid, input_grad)
 
 

@@ -301,6 +301,23 @@ def test_runs_are_bitwise_equal_and_a_graph_may_be_kept():
         assert all(torch.equal(a, b) for a, b in zip(runs[1], other, strict=True))
 
 
+def test_float32_gradients_are_handed_over_without_a_copy(monkeypatch):
+    addresses: list[int] = []
+    forward = ops.forward
+
+    def watch(*args: Any) -> Any:
+        made = forward(*args)
+        # the addresses alone: who else holds a gradient forces a copy
+        addresses.extend(gradient.data_ptr() for gradient in made[-2:])
+        return made
+
+    monkeypatch.setattr(ops, "forward", watch)
+    x, W, y, E = sample(40, 31)
+    leaves = (leaf(x), leaf(W))
+    emo_loss(*leaves, y, E).loss.backward()
+    assert [grad_of(t).data_ptr() for t in leaves] == addresses
+
+
 @pytest.mark.parametrize("frozen", ["input", "weight", "both"])
 def test_frozen_parts(frozen):
     x, W, y, E = sample(50, 31)
@@ -353,7 +370,7 @@ def test_layouts_and_leading_axes():
         ({"cost_weight": torch.ones(6, 5)}, "cost_weight has V=6, an earlier argument has V=7"),
         ({"input": torch.ones(4, 3).double()}, "input is torch.float64; impl='fused' takes"),
         ({"cost_weight": torch.ones(7, 5).long()}, "cost_weight is torch.int64; impl='fused'"),
-        ({"input": torch.ones(4, 3, device="meta")}, "input is on meta, target on cpu"),
+        ({"input": torch.ones(4, 3, device="meta")}, "on one device, got meta and target on cpu"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

@@ -150,11 +150,10 @@ LOSSES = {
 }  # fmt: skip
 
 
-# descriptors load the first; rows of the second are at no multiple of 16 bytes
-@pytest.mark.parametrize("hidden", [320, 39])
+# rows of the last are at no multiple of 16 bytes
+@pytest.mark.parametrize(("option", "hidden"), [*((name, 320) for name in LOSSES), ("all", 39)])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("option", LOSSES)
 def test_linear_cross_entropy_options(option, dtype, reduction, hidden):
     T, V = 1300, 5003
     options = dict(LOSSES[option])
@@ -193,6 +192,36 @@ def test_linear_cross_entropy_options(option, dtype, reduction, hidden):
         assert (got - want).norm() / want.norm() <= (1e-5 if i < 4 else grads), i
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_filtered_linear_cross_entropy(dtype):
+    T, H, V = 1300, 320, 5003
+    w = (torch.randn(V, H) * H**-0.5).to(dtype)
+    # labels in the first tiles of classes: in all others softmax is exp(-13) or so
+    target = torch.arange(T) % 500
+    target[::3] = -100
+    x = torch.where(target[:, None] < 0, torch.nan, w[target.clamp(min=0)] * 13).to(dtype)
+
+    def computed(impl, device="cuda", wide=dtype):
+        leaves = [t.to(device, wide).requires_grad_() for t in (x, w)]
+        out = linear_cross_entropy(
+            leaves[0], leaves[1], target.to(device), reduction="sum", impl=impl
+        )
+        grads = torch.autograd.grad(out.loss, leaves)
+        return [t.detach().cpu() for t in (out.loss, out.nll, out.lse, out.entropy, *grads)]
+
+    once, again, fused = (computed(impl) for impl in ("filtered", "filtered", "fused"))
+    assert all(torch.equal(*pair) for pair in zip(once, again, strict=True))
+    assert all(torch.equal(*pair) for pair in zip(once[:4], fused[:4], strict=True))
+    assert not torch.equal(once[5], fused[5])
+    exact = computed("reference", "cpu", torch.float64)[4:]
+    rows, least = target >= 0, torch.finfo(dtype).eps / 32
+    sides = w.double().norm(dim=1).sum(), x[rows].double().norm(dim=1).sum()
+    for got, want, side in zip(once[4:], exact, sides, strict=True):
+        # the bound of the README, and the budget of what is stored
+        lost = (got.double() - want).norm(dim=1)
+        assert (lost <= least * side + 4e-3 * want.norm(dim=1).max()).all()
+
+
 def test_linear_cross_entropy_repeats_itself_and_leaves_its_range():
     x, w = torch.randn(2500, 256).bfloat16().cuda(), torch.randn(5003, 256).bfloat16().cuda()
     target = torch.randint(0, 5003, (2500,))
@@ -215,7 +244,7 @@ def test_sanitizer_sees_small_losses():
     x, w = torch.randn(130, 64).bfloat16().cuda(), torch.randn(513, 64).bfloat16().cuda()
     target = torch.randint(0, 513, (130,)).cuda()
     target[::5] = -100
-    for reduction in ("mean", "none"):
+    for reduction, impl in (("mean", "fused"), ("none", "fused"), ("mean", "filtered")):
         a, b = leaves = [x.detach().requires_grad_(), w.detach().requires_grad_()]
-        loss = linear_cross_entropy(a, b, target, reduction=reduction).loss
+        loss = linear_cross_entropy(a, b, target, reduction=reduction, impl=impl).loss
         assert all(g.isfinite().all() for g in torch.autograd.grad(loss.sum(), leaves))

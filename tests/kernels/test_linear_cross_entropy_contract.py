@@ -156,7 +156,7 @@ SOFT = {"soft_ids": torch.zeros(4, 1).long(), "soft_weights": torch.ones(4, 1)}
     ("change", "message"),
     [
         ({"reduction": "avg"}, "reduction must be 'mean', 'sum' or 'none', got 'avg'"),
-        ({"impl": "triton"}, "impl must be 'fused' or 'reference', got 'triton'"),
+        ({"impl": "triton"}, "impl must be 'fused', 'filtered' or 'reference', got 'triton'"),
         ({"z_loss": -1.0}, "z_loss must be a finite number >= 0, got -1.0"),
         ({"z_loss": float("nan")}, "z_loss must be a finite number"),
         ({"num_items": -1}, "num_items must be a count of tokens, got -1"),

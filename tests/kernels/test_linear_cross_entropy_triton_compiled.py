@@ -24,6 +24,7 @@ pytestmark = pytest.mark.skipif(
 
 CAPPED = PLAIN._replace(softcap=30.0, z_loss=1e-4)
 SMOOTH = PLAIN._replace(smoothing=0.1)
+EVERY = CAPPED._replace(smoothing=0.1, logit_scale=0.5)
 FORWARD = [
     "gather_kernel", "exponentials_kernel", "finish_kernel", "exponentials_kernel",
     "finish_kernel", "labels_kernel", "input_kernel", "weight_kernel", "bias_kernel",
@@ -38,8 +39,10 @@ def launches(
     hidden: int = 1024,
     tokens: int = 4096,
     classes: int = 32768,
+    labels: int = 1,
     dtype: torch.dtype = torch.bfloat16,
     bias: bool = False,
+    filtered: bool = False,
 ) -> list[Launch]:
     """Return what one op launches: forward, or backward `again`."""
 
@@ -50,9 +53,9 @@ def launches(
         meta(tokens, hidden, dtype=dtype),
         meta(classes, hidden, dtype=dtype),
         meta(classes, dtype=dtype) if bias else None,
-        meta(tokens, 1, dtype=torch.int64),
-        meta(tokens, 1),
-        None,
+        meta(tokens, labels, dtype=torch.int64),
+        meta(tokens, labels),
+        meta(classes) if rules.smoothing and bias else None,
     )
     wanted = True, True, bias
     with recorded(capability, _triton_launch) as found:
@@ -61,7 +64,7 @@ def launches(
             upstream = (meta(tokens), None, None)
             _triton.backward(*upstream, *args, meta(tokens), valid, *rules, *wanted)
         else:
-            _triton.forward(*args, meta(tokens), *rules, *wanted)
+            _triton.forward(*args, meta(tokens), *rules, *wanted, filtered=filtered)
     return found
 
 
@@ -98,6 +101,8 @@ def check_hopper(machine: Machine) -> None:
         pytest.param(CAPPED, {}, id="softcap"),
         pytest.param(SMOOTH, {"bias": True}, id="smoothing-bias"),
         pytest.param(PLAIN, {"again": True}, id="backward"),
+        # the most that can follow the product
+        pytest.param(EVERY, {"again": True, "bias": True, "labels": 5}, id="backward-every"),
     ],
 )
 def test_exponentials_on_hopper(rules: Rules, options: dict[str, Any]):
@@ -129,10 +134,50 @@ def test_products_on_ampere(name: str):
     assert machine.instructions["LDGSTS"]
 
 
+@pytest.mark.parametrize(
+    ("rules", "options"),
+    [
+        pytest.param(CAPPED, {}, id="softcap"),
+        # the most that can follow the product
+        pytest.param(EVERY, {"again": True, "bias": True, "labels": 5}, id="backward-every"),
+    ],
+)
+def test_exponentials_on_ampere(rules: Rules, options: dict[str, Any]):
+    found = launches(80, rules, **options)
+    assert best(first(found, "exponentials"), 80).instructions["LDGSTS"]
+
+
+@pytest.mark.parametrize("name", ["input", "weight"])
+def test_filtered_products(name: str):
+    # the list is loaded ahead too, and as many blocks are as without it
+    machine = best(first(launches(90, filtered=True), name), 90)
+    check_hopper(machine)
+    plain = best(first(launches(90), name), 90)
+    assert machine.instructions["UTMALDG"] == plain.instructions["UTMALDG"]
+    assert best(first(launches(80, filtered=True), name), 80).instructions["LDGSTS"]
+
+
+def test_a_filter_is_one_kernel_more():
+    names = [launch.kernel.__name__ for launch in launches(90, bias=True, filtered=True)]
+    assert names == [*FORWARD[:5], "active_kernel", *FORWARD[5:]]
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("again", [False, True], ids=["forward", "backward"])
+def test_rows_of_any_size_are_widened(capability: int, again: bool):
+    # so nothing that is compiled differs, and what does not spill for one does not for the other
+    both = [launches(capability, hidden=hidden, again=again) for hidden in (1008, 1001)]
+    for one, other in zip(*both, strict=True):
+        assert one.kernel is other.kernel
+        assert one.choices == other.choices
+        for name, value in one.arguments.items():
+            assert getattr(value, "shape", value) == getattr(other.arguments[name], "shape", value)
+
+
 # what rows need, whatever the products are made by
-@pytest.mark.parametrize("name", ["gather", "finish", "labels", "bias"])
+@pytest.mark.parametrize("name", ["gather", "finish", "active", "labels", "bias"])
 def test_kernels_without_products(name: str):
-    best(first(launches(90, bias=True), name), 90)
+    best(first(launches(90, bias=True, filtered=True), name), 90)
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -145,13 +190,13 @@ def test_float16_is_multiplied_with_eight_bits_of_exponent(capability: int, name
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-# rows that descriptors can address, and rows that they cannot
+# rows that descriptors can address, and rows that they could not
 @pytest.mark.parametrize("hidden", [1024, 1023])
-@pytest.mark.parametrize("rules", [PLAIN, CAPPED, SMOOTH], ids=["plain", "softcap", "smoothing"])
+@pytest.mark.parametrize("rules", [PLAIN, CAPPED, SMOOTH, EVERY], ids=str)
 def test_all_choices_of_a_launch_cut_tiles_alike(capability: int, hidden: int, rules: Rules):
     for launch in launches(capability, rules, hidden=hidden):
         tiles = {(c.rows, c.columns) for c in launch.choices if hasattr(c, "rows")}
         # the grid and the number of sums are made before one is picked
         assert len(tiles) <= 1
-        if hidden == 1023 and launch.kernel.__name__ != "weight_kernel":
-            assert not any(getattr(c, "tma", False) for c in launch.choices)
+        if hasattr(launch.choices[0], "tma"):
+            assert all(c.tma == (capability == 90) for c in launch.choices)

@@ -324,7 +324,7 @@ def test_layouts_and_leading_axes():
         ({"target": torch.full((4,), 7)}, "label 7, but linear_weight has V=7 rows"),
         ({"linear_weight": torch.ones(7, 2)}, "input has H=3, an earlier argument has H=2"),
         ({"input": torch.ones(4, 3).double()}, "input is torch.float64; impl='fused' takes"),
-        ({"input": torch.ones(4, 3, device="meta")}, "input is on meta, target on cpu"),
+        ({"input": torch.ones(4, 3, device="meta")}, "on one device, got meta and target on cpu"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

@@ -1,6 +1,6 @@
 """What a stage minimises. A new one is a class here and a line in `train/objective.py`."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -11,6 +11,9 @@ Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class _Objective(Strict):
+    # no soft cap: the moments of the logits, not the logits, are what it computes
+    linear_logits: ClassVar[bool] = False
+
     @property
     def teacher_directory(self) -> str | None:
         """The checkpoint directory that the teacher comes from."""
@@ -90,9 +93,25 @@ class EmoObjective(_Objective):
 class SphericalZObjective(_Objective):
     """The Z-loss of the spherical family; held-out losses remain those of a softmax."""
 
+    linear_logits = True
     kind: Literal["spherical_z"]
     sharpness: Positive = 0.1
     location: float = 10.0
+
+
+class TaylorSoftmaxObjective(_Objective):
+    """Next-token prediction with 1 + o + o^2 / 2 where softmax has exp(o)."""
+
+    linear_logits = True
+    kind: Literal["taylor_softmax"]
+
+
+class SphericalSoftmaxObjective(_Objective):
+    """Next-token prediction with o^2 + offset where softmax has exp(o)."""
+
+    linear_logits = True
+    kind: Literal["spherical_softmax"]
+    offset: Positive
 
 
 def _causal_by_default(value: Any) -> Any:
@@ -105,7 +124,9 @@ Objective = Annotated[
     | SelfDistillationObjective
     | ReweightedObjective
     | EmoObjective
-    | SphericalZObjective,
+    | SphericalZObjective
+    | TaylorSoftmaxObjective
+    | SphericalSoftmaxObjective,
     Field(discriminator="kind"),
     BeforeValidator(_causal_by_default),
 ]

@@ -44,6 +44,8 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "emo": {"kind": "emo"},
     "emo-with-the-embeddings-of-now": {"kind": "emo", "cost": "current", "mode": 2},
     "spherical": {"kind": "spherical_z", "location": 5.0, "sharpness": 1.0},
+    "taylor": {"kind": "taylor_softmax"},
+    "spherical-softmax": {"kind": "spherical_softmax", "offset": 0.1},
 }
 
 
@@ -204,6 +206,17 @@ def test_a_teacher_that_does_not_fit_is_refused_before_training(
     with pytest.raises(ValueError, match=message):
         train(make_recipe(stages=two), output=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["spherical", "taylor", "spherical-softmax"])
+def test_a_soft_cap_is_refused_by_losses_of_moments(
+    make_recipe: Callable[..., Recipe], tmp_path: Path, name: str
+):
+    two = stages(make_recipe, OBJECTIVES[name])
+    # Gemma 2 caps its logits
+    two[1]["model"]["config"] |= {"model_type": "gemma2", "final_logit_softcapping": 30.0}
+    with pytest.raises(ValueError, match=r"stages\[1\]\.objective\.kind is .* bends the logits"):
+        train(make_recipe(stages=two), output=tmp_path / "run")
 
 
 # the loss itself, against the formulas on all logits

@@ -107,6 +107,18 @@ MISTAKES = {
         "{kind: spherical_z, sharpness: 0}",
         "objective.sharpness: should be greater than 0, got 0",
     ),
+    "a logarithm of nothing": (
+        "{kind: spherical_softmax, offset: 0}",
+        "objective.offset: should be greater than 0, got 0",
+    ),
+    "an offset that no one has tuned": (
+        "{kind: spherical_softmax}",
+        "objective.offset: missing key",
+    ),
+    "an offset that is fixed": (
+        "{kind: taylor_softmax, offset: 1}",
+        "objective.offset: unknown key; known: kind",
+    ),
     "no mapping": ("salt", "objective: expected a mapping, got 'salt'"),
 }
 
