@@ -8,72 +8,30 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <cmath>
 #include <cstdint>
-#include <memory>
 
 #ifdef APICAL_AMX
-#include "amx_gemm.h"
+#include "amx_beside.h"
+#include "amx_workers.h"
 #endif
 
 namespace apical {
 namespace {
 
 #ifdef APICAL_AMX
+using amx::each_worker;
 using amx::kDeep;
 using amx::kSide;
+using amx::Range;
 using amx::round_up;
+using amx::Scratch;
+using amx::workers_for;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// columns of a panel, so that it stays in the second cache beside what it is multiplied with
-constexpr int64_t kPanel = 256, kTall = 128, kDepth = 1024, kWide = 640;
-
-// memory for packed tiles, in whole cache lines
-class Scratch {
- public:
-  explicit Scratch(int64_t elements) : memory_(new char[elements * 2 + 64]) {}
-
-  uint16_t* data() const {
-    return reinterpret_cast<uint16_t*>((reinterpret_cast<uintptr_t>(memory_.get()) + 63) / 64 * 64);
-  }
-
- private:
-  std::unique_ptr<char[]> memory_;
-};
-
-struct Range {
-  int64_t begin, end;
-
-  // one of `parts` nearly equal ones, cut at multiples of `unit`
-  Range part(int64_t index, int64_t parts, int64_t unit) const {
-    const int64_t units = (end - begin + unit - 1) / unit;
-    return {std::min(end, begin + units * index / parts * unit),
-            std::min(end, begin + units * (index + 1) / parts * unit)};
-  }
-};
-
-// runs step(index) for so many workers, with the matrix unit configured
-template <class Step>
-AMX_TARGET void configured(int64_t begin, int64_t end, const Step& step) {
-  static const amx::TileConfig config;
-  _tile_loadconfig(&config);
-  for (int64_t i = begin; i < end; ++i) step(i);
-  _mm_sfence();  // stores past the caches
-  // what follows saves and restores less state
-  _tile_release();
-}
-
-template <class Step>
-void each_worker(int64_t workers, const Step& step) {
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-    configured(begin, end, step);
-  });
-}
-
-int64_t workers_for(int64_t units) {
-  return std::max<int64_t>(1, std::min<int64_t>(torch::stable::get_num_threads(), units));
-}
+// columns of a panel, so that it stays in the second cache beside what it is multiplied with;
+// kDepth: so that two strips of 32 stay in the first
+constexpr int64_t kPanel = 256, kTall = 128, kDepth = 256, kWide = 640;
 
 // out = a b^T: a (M, K), b (N, K)
 struct RowsByRows {
@@ -189,18 +147,25 @@ struct ColumnsByColumns {
     amx::pack_pairs<true>(amx::part(a, 0, a.rows, rows.begin, size), left, nothing);
     const int64_t next = rows.begin + kTall, after = std::min(kTall, out.rows - next);
     const int64_t blocks = (size + kDeep - 1) / kDeep * ((out.columns + kDeep - 1) / kDeep);
-    amx::Soon ahead, sums;
-    if (after > 0) {
-      ahead = amx::Soon(a.at(0, next), a.stride * 2, a.rows, after * 2, blocks);
-      sums = amx::Soon(out.at(next, 0), out.stride * 4, after, out.columns * 4, blocks);
-    }
+    amx::Soon ahead(a.at(0, after > 0 ? next : 0), a.stride * 2, after > 0 ? a.rows : 0, after * 2,
+                    blocks * depth);
+    alignas(64) float sums[2][kDeep * kDeep];
+    const int64_t pace = (kDeep + depth - 1) / depth;
+    amx::LateSums before;
+    int turn = 0;
     for (int64_t m = 0; m < size; m += kDeep)
-      for (int64_t n = 0; n < out.columns; n += kDeep) {
-        ahead.step();
-        sums.step();
-        amx::block(left.at(m / kSide, 0), right.at(n / kSide, 0), depth, out, rows.begin + m, n,
-                   add);
+      for (int64_t n = 0; n < out.columns; n += kDeep, turn ^= 1) {
+        const auto beside = [&]() AMX_TARGET {
+          ahead.step();
+          before.step(pace);
+        };
+        const amx::Operand rows_of_a = left.at(m / kSide, 0);
+        amx::multiply_beside({rows_of_a.data, rows_of_a.tile, rows_of_a.step},
+                             right.at(n / kSide, 0), depth, {}, amx::rows_of(sums[turn]), beside);
+        before.finish();
+        before = amx::LateSums(sums[turn], out, rows.begin + m, n, add);
       }
+    before.finish();
   }
 
   void run() {

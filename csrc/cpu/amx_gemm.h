@@ -52,8 +52,8 @@ static inline Source part(const Halves& m, int64_t row, int64_t rows, int64_t co
 static inline Operand tiles(uint16_t* data, int64_t depth) { return {data, depth * kTile, kTile}; }
 
 // one block of 32 x 32 sums of `to` = or += a b, whatever part of it lies inside
-AMX_TARGET static void block(const Operand& a, const Operand& b, int64_t depth, const Floats& to,
-                             int64_t row, int64_t column, bool add) {
+AMX_TARGET static inline void block(const Operand& a, const Operand& b, int64_t depth,
+                                    const Floats& to, int64_t row, int64_t column, bool add) {
   const int64_t rows = to.rows - row, columns = to.columns - column;
   float* at = to.at(row, column);
   if (rows >= kDeep && columns >= kDeep) {
@@ -72,8 +72,8 @@ AMX_TARGET static void block(const Operand& a, const Operand& b, int64_t depth, 
 
 // the same for what is not needed soon: whole cache lines go past the caches, which would first
 // have to read them
-AMX_TARGET static void block_past_caches(const Operand& a, const Operand& b, int64_t depth,
-                                         const Floats& to, int64_t row, int64_t column) {
+AMX_TARGET static inline void block_past_caches(const Operand& a, const Operand& b, int64_t depth,
+                                                const Floats& to, int64_t row, int64_t column) {
   float* at = to.at(row, column);
   const bool whole = to.rows - row >= kDeep && to.columns - column >= kDeep;
   if (!whole || reinterpret_cast<uintptr_t>(at) % 64 || to.stride % kSide)

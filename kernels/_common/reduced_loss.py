@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import rounded
+
 
 def reduced(
     backend: Any,
@@ -65,7 +67,7 @@ class _Reduced(torch.autograd.Function):
         # handed over without a copy; a graph that is retained computes them again
         grads, ctx.grads = ctx.grads or _again(ctx), None
         scaled = [
-            grad.mul_(upstream[0]).to(dtype) if dtype else None
+            rounded.scaled(grad, upstream[0], dtype) if dtype else None
             for grad, dtype in zip(grads, ctx.dtypes, strict=True)
         ]
         return None, None, None, None, *scaled, *[None] * ctx.constants

@@ -9,7 +9,6 @@ from torch.autograd.function import once_differentiable
 
 from .._common import reduced_loss as _common
 from . import ops
-from ._rounding import scaled
 from ._rules import Rules
 
 

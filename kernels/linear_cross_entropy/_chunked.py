@@ -1,12 +1,13 @@
 """Chunks of rows: logits, softmax and the gradients of a chunk, before the next one starts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._common.labelled_rows import row_chunks
+from . import _amx as amx
 from . import _passes as passes
 from ._passes import Labels, Upstream
 from ._products import products_for
@@ -47,8 +48,33 @@ def forward(
             found = passes.statistics_(logits, bias, labels, rules)
         keep(values, rows, found)
 
-    grads = sweep(input, linear_weight, token_weight.nonzero().squeeze(1), wanted, softmax)
-    return *values, *grads
+    active, grads = token_weight.nonzero().squeeze(1), None
+    if amx.fuses(input, linear_weight, linear_bias, ids, rules):
+        labels = (ids[:, 0], id_weight[:, 0], token_weight)
+
+        def found(rows: Tensor, chunk: Sequence[Tensor]) -> None:
+            keep(values, rows, chunk)
+
+        active, grads = _without_logits(input, linear_weight, labels, active, rules, wanted, found)
+    return *values, *sweep(input, linear_weight, active, wanted, softmax, grads=grads)
+
+
+def _without_logits(
+    input: Tensor,  # noqa: A002
+    linear_weight: Tensor,
+    labels: tuple[Tensor, Tensor, Tensor],
+    active: Tensor,
+    rules: Rules,
+    wanted: Wanted,
+    found: amx.Keep,
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """Return the rows that need their logits, and the gradients of all others."""
+    grads = _no_gradients(input, linear_weight, wanted, filled=not len(active))
+    some = (grads[0] if wanted.input else None, grads[1] if wanted.weight else None)
+    left, written = amx.sweep(input, linear_weight, labels, active, rules, some, found)
+    if left and not written:
+        grads[1].zero_()
+    return torch.cat(left) if left else active[:0], grads
 
 
 def backward(
@@ -84,18 +110,20 @@ def sweep(
     wanted: Wanted,
     softmax: Pass,
     vocabulary: int | None = None,
+    grads: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the pass over the active rows, a chunk at a time; return the gradients it leaves.
 
-    Gradients are float32, of shape (0,) where not wanted. Chunks are cut for so large a
-    vocabulary, by default for linear_weight's.
+    Gradients are float32, of shape (0,) where not wanted, or grads, to which they are added.
+    Chunks are cut for so large a vocabulary, by default for linear_weight's.
     """
-    V = linear_weight.shape[0]
-    grads = _no_gradients(input, linear_weight, wanted, filled=not len(active))
+    V, fresh = linear_weight.shape[0], grads is None
+    if grads is None:
+        grads = _no_gradients(input, linear_weight, wanted, filled=not len(active))
     products = products_for(input, linear_weight, len(active))
     logits = half = None
     for rows in row_chunks(active, vocabulary or V):
-        first, x = logits is None, input[rows].to(products.dtype)  # (C, H)
+        first, x = fresh and logits is None, input[rows].to(products.dtype)  # (C, H)
         if logits is None:
             logits = input.new_empty(len(rows), V, dtype=torch.float32)
             if any(wanted) and products.dtype != torch.float32:
@@ -125,7 +153,7 @@ def at_rows(upstream: Upstream, rows: Tensor) -> Upstream:
     return Upstream(loss, nll, lse)
 
 
-def keep(values: list[Tensor], rows: Tensor, found: passes.Values) -> None:
+def keep(values: list[Tensor], rows: Tensor, found: Sequence[Tensor]) -> None:
     """Write a chunk's values to their rows."""
     for all_rows, chunk in zip(values, found, strict=True):
         all_rows[rows] = chunk
