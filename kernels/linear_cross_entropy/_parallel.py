@@ -107,7 +107,8 @@ class Slices:
         # every rank cuts the same chunks, or they would wait for each other for ever
         with torch.autocast(x.device.type, enabled=False):
             rows = valid.nonzero().squeeze(1)
-            grads = chunked.sweep(x, W, rows, wanted, softmax, vocabulary=self.largest)
+            target = labels.ids[:, 0] - self.start
+            grads = chunked.sweep(x, W, target, rows, wanted, softmax, vocabulary=self.largest)
         if wanted.input:
             dist.all_reduce(grads[0], group=self.group)
         return grads
