@@ -42,6 +42,7 @@ def steps(out: Path, *, match: str) -> list[Step]:
         Step("sanitizer", check, sanitizer, 100),
         Step("attention", [*race, "varlen_attention", *where, "--budget", "0.3"], python, 300),
         Step("loss", [*race, "linear_cross_entropy", *where, "--budget", "2"], python, 120),
+        Step("sparse", [*race, "sparse_low_rank", *where, "--budget", "1"], python, 100),
         Step("training", [*race, "packed_training", *where, "--budget", "2"], python, 120),
     ]
 

@@ -15,6 +15,9 @@ from apical.kernels._common.triton_launch import compiled_by
 from apical.kernels.linear_cross_entropy import _triton as loss
 from apical.kernels.linear_cross_entropy import _triton_launch as loss_launch
 from apical.kernels.linear_cross_entropy._rules import Rules as LossRules
+from apical.kernels.sparse_low_rank import Support
+from apical.kernels.sparse_low_rank import _triton as blocks
+from apical.kernels.sparse_low_rank import _triton_launch as blocks_launch
 from apical.kernels.varlen_attention import PackedLayout, _triton_backward, _triton_forward
 from apical.kernels.varlen_attention._rules import UNBOUNDED, Rules
 
@@ -137,8 +140,20 @@ def compiled_alike(launch: Launch) -> tuple[object, ...]:
     return launch.kernel, *dtypes, *aligned, *compiled_by(launch.arguments), *launch.choices
 
 
+def blocks_launches(capability: int, size: int, tokens: int, dtype: torch.dtype) -> list[Launch]:
+    """Return what both passes of a square layer with blocks launch, of a rank of size / 4."""
+    support = Support("grouped", size, size, 0.03)
+    shapes = (tokens, size), (size // 4, size), (size, size // 4), (support.stored,), (size,)
+    x, a, b, values, bias = (torch.empty(n, dtype=dtype, device="meta") for n in shapes)
+    rest = list(support.index("meta")), [1, size, size, *support.block], 0.25
+    with recorded(capability, blocks_launch) as found:
+        out, hidden = blocks.forward(x, a, b, values, bias, *rest)
+        blocks.backward(out, x, a, b, values, hidden, *rest, [True] * 5)
+    return found
+
+
 def loss_row(launch: Launch, capability: int, case: str) -> tuple[object, ...]:
-    """Return one line of the loss's table."""
+    """Return one line of the table of the loss, or of layers with blocks."""
     name = launch.kernel.__name__.removesuffix("_kernel")
     found = picked(launch, capability)
     if found is None:
@@ -182,10 +197,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="bench/machine_code.py", description=__doc__)
     parser.add_argument("--every", action="store_true", help="all rules, sizes and dtypes: minutes")
     parser.add_argument("--loss", action="store_true", help="the loss alone")
+    parser.add_argument("--blocks", action="store_true", help="layers with blocks alone")
     options = parser.parse_args()
-    if not options.loss:
+    one = options.loss or options.blocks
+    if not one:
         print_attention(every=options.every)
-    print_loss()
+    if options.loss or not one:
+        print_loss()
+    if options.blocks or not one:
+        print_blocks()
 
 
 def print_attention(*, every: bool) -> None:
@@ -215,6 +235,20 @@ def print_loss() -> None:
                     cells = loss_row(launch, capability, case.name)
                     print("| " + " | ".join(map(str, cells)) + " |", flush=True)
                 seen.add(key)
+
+
+def print_blocks() -> None:
+    """Print the table of the kernels of sparse plus low-rank layers with blocks."""
+    print(f"\nTriton {triton.__version__}, density 0.03, rank size / 4. Nothing was run.\n")
+    header = "layer's kernel", "GPU", "case", "loads", "tile", *_HEADER[-5:]
+    print("| " + " | ".join(header) + " |\n" + "|---" * len(header) + "|")
+    for capability in (80, 90):
+        for size, tokens in ((4096, 16384), (1024, 2048)):
+            for dtype in (torch.bfloat16, torch.float32):
+                name = f"{size} x {size}, {tokens} tokens, {dtype}".replace("torch.", "")
+                for launch in blocks_launches(capability, size, tokens, dtype):
+                    cells = loss_row(launch, capability, name)
+                    print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 
 def _meta(*shape: int) -> torch.Tensor:
