@@ -17,6 +17,7 @@ safetensors = require("safetensors", extra="hf", what="reading a checkpoint")
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_INTEGERS = {"U8": torch.uint8, "I32": torch.int32, "I64": torch.int64}
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -52,7 +53,7 @@ def read_config(source: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{source} is not a directory; expected a checkpoint directory")
     if not (source / "config.json").is_file():
         raise FileNotFoundError(f"{source} has no config.json; expected a checkpoint directory")
-    config = _read_json(source / "config.json")
+    config = read_json(source / "config.json")
     architecture_of(config)
     return config
 
@@ -73,8 +74,12 @@ def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"config.json is not valid: {why}") from None
 
 
-def read_headers(source: Path) -> dict[str, Stored]:
+def read_headers(source: Path, *, integers: bool = False) -> dict[str, Stored]:
     """Return every tensor of a checkpoint; nothing but headers is read.
+
+    Args:
+        source: the directory.
+        integers: tensors of integers are expected too.
 
     Raises:
         FileNotFoundError: the weights, or a shard that the index names, are not there.
@@ -83,15 +88,15 @@ def read_headers(source: Path) -> dict[str, Stored]:
     if not (source / INDEX).is_file():
         if not (source / WEIGHTS).is_file():
             raise FileNotFoundError(_no_weights(source))
-        return _read_header(source / WEIGHTS)
-    listed = _read_json(source / INDEX).get("weight_map")
+        return _read_header(source / WEIGHTS, integers=integers)
+    listed = read_json(source / INDEX).get("weight_map")
     if not isinstance(listed, dict) or not listed:
         raise ValueError(f"{source / INDEX} has no weight_map; write the checkpoint again")
     stored: dict[str, Stored] = {}
     for file in sorted(set(listed.values())):
         if not (source / file).is_file():
             raise FileNotFoundError(f"{source / file} is in the index but not in the directory")
-        stored |= _read_header(source / file)
+        stored |= _read_header(source / file, integers=integers)
     odd = {(name, tensor.file.name) for name, tensor in stored.items()} ^ set(listed.items())
     if odd:
         name, file = min(odd)
@@ -99,7 +104,12 @@ def read_headers(source: Path) -> dict[str, Stored]:
     return stored
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object of a file.
+
+    Raises:
+        ValueError: it holds none.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -118,7 +128,8 @@ def _no_weights(source: Path) -> str:
     return f"{source} has neither {WEIGHTS} nor {INDEX}; expected safetensors weights"
 
 
-def _read_header(path: Path) -> dict[str, Stored]:
+def _read_header(path: Path, *, integers: bool) -> dict[str, Stored]:
+    accepted = _DTYPES | _INTEGERS if integers else _DTYPES
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
@@ -127,7 +138,7 @@ def _read_header(path: Path) -> dict[str, Stored]:
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from None
     for name, dtype in dtypes.items():
-        if dtype not in _DTYPES:
-            known = ", ".join(_DTYPES)
+        if dtype not in accepted:
+            known = ", ".join(accepted)
             raise ValueError(f"{path} stores {name} as {dtype}; expected one of {known}")
-    return {n: Stored(n, path, shapes[n], _DTYPES[dtypes[n]]) for n in shapes}
+    return {n: Stored(n, path, shapes[n], accepted[dtypes[n]]) for n in shapes}

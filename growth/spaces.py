@@ -69,7 +69,13 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
 
     Raises:
         NotImplementedError: no table has this model_type; the message shows how to add one.
+        ValueError: `apical.sparsify` replaced layers of the model; no table has their weights.
     """
+    if config.get("apical"):
+        raise ValueError(
+            "the model has sparse layers, which cannot grow; export it first: "
+            "apical.export_dense(model), or `apical export-dense SRC OUT` for a directory"
+        )
     model_type = config.get("model_type")
     for table in TABLES:
         if model_type in table.model_types:

@@ -30,6 +30,12 @@ ALLOWED = {
         "apical.growth.plan",
         "apical.growth.spaces",
     },
+    "apical.growth.sparse": {
+        "apical.growth.sparse",
+        "apical.growth",
+        "apical.kernels",
+        "apical._extras",
+    },
     "apical.growth.continual": {"apical.growth.continual", "apical._extras"},
     "apical.growth.objectives": {"apical.growth.objectives", "apical.kernels"},
     "apical.growth.train": {
@@ -37,6 +43,7 @@ ALLOWED = {
         "apical.growth.objectives",
         "apical.growth.continual",
         "apical.growth.operators",
+        "apical.growth.sparse",
         "apical.growth",
         "apical.growth.plan",
         "apical.growth.spaces",
@@ -47,7 +54,7 @@ ALLOWED = {
     },
 }
 # these may import whatever they show to users
-FACES = {"apical", "apical.cli", "apical.commands", "apical.__main__"}
+FACES = {"apical", "apical.cli", "apical.commands", "apical.rule_commands", "apical.__main__"}
 TORCH_ONLY = set(sys.stdlib_module_names) | {"torch", "triton", "apical"}
 
 

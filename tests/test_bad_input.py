@@ -107,7 +107,7 @@ def test_text_that_cannot_be_read(workplace, refused, name, content, expected):
         ("only.tokens=0", "--set only.tokens: should be greater than 0, got 0"),
         ("only.context=65", "is 65, above the model's max_position_embeddings 64"),
         ("only.tokns=5", "--set only.tokns: unknown key; did you mean 'tokens'?"),
-        ("only.sparsity=0.5", "there are no sparse layers yet"),
+        ("only.sparsity=0.5", "unknown value 0.5; expected a rule such as"),
         ("only.model={from: org/name}", "names on a hub are not fetched"),
         ("tokenizer={path: nowhere}", "--set tokenizer.path: 'nowhere' is no directory"),
     ],

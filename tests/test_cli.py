@@ -16,6 +16,7 @@ import apical.growth.shards
 import apical.growth.train.run
 from apical import cli, commands
 from apical.growth.operators import OPERATORS, Zero
+from apical.growth.sparse import RULES, replaced
 
 DEMO = str(Path(__file__).parents[1] / "recipes" / "demo.yaml")
 
@@ -54,13 +55,16 @@ def help_of(capsys) -> Callable[..., str]:
 
 
 def test_help_names_every_command(help_of):
-    assert all(name in help_of() for name in ("train", "grow", "info", "bench", "--debug"))
+    names = ("train", "grow", "sparsify", "export-dense", "info", "bench", "--debug")
+    assert all(name in help_of() for name in names)
 
 
 # a word of each argument and option that the command promises
 PROMISED = {
     "train": ["RECIPE", "--set", "--resume", "--output", "--compare"],
     "grow": ["SRC", "OUT", "--max-shard-gb", *OPERATORS],
+    "sparsify": ["SRC", "OUT", "--max-shard-gb", *(name.replace("_", "-") for name in RULES)],
+    "export-dense": ["SRC", "OUT", "--max-shard-gb"],
     "info": ["--json"],
     "bench": ["OP", "--quick"],
 }
@@ -76,6 +80,13 @@ def test_help_names_every_option(help_of, command, words):
 def test_an_operators_options_are_the_fields_of_its_dataclass(help_of, operator):
     text = help_of("grow", "a", "b", operator)
     assert all(f"--{name}" in text for name in OPERATORS[operator].__dataclass_fields__)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_rules_options_are_the_fields_of_its_dataclass(help_of, rule):
+    text = help_of("sparsify", "a", "b", rule.replace("_", "-"))
+    fields = (name.replace("_", "-") for name in RULES[rule].__dataclass_fields__)
+    assert [name for name in fields if f"--{name}" not in text] == []
 
 
 def test_no_argument_is_a_call_for_help(capsys):
@@ -102,7 +113,7 @@ def test_help_does_not_wait_for_what_training_imports():
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "tyro" in ran.stderr.split()
-    slow = {"transformers", "datasets", "safetensors", "pydantic", "matplotlib"}
+    slow = {"torch", "transformers", "datasets", "safetensors", "pydantic", "matplotlib"}
     assert slow & set(ran.stderr.split()) == set()
 
 
@@ -114,6 +125,8 @@ def test_help_does_not_wait_for_what_training_imports():
         pytest.param(["train"], "RECIPE", id="missing argument"),
         pytest.param(["grow", "a", "b", "stak"], "stack", id="operator"),
         pytest.param(["grow", "a", "b", "stack", "--factor", "1"], "at least 2", id="bad option"),
+        pytest.param(["sparsify", "a", "b", "low-rnk"], "low-rank", id="rule"),
+        pytest.param(["sparsify", "a", "b", "low-rank", "--init", "x"], "cola", id="rule's option"),
         pytest.param(["train", DEMO, "--compare", "x"], "scratch", id="choice"),
     ],
 )
@@ -178,6 +191,52 @@ def test_grow_passes_on_what_was_asked(checkpoint, monkeypatch, capsys):
     expected = {"max_shard_bytes": 1_500_000_000, "progress": True}
     assert calls == [(checkpoint, Path("out"), Zero(factor=2), expected)]
     assert capsys.readouterr().out == "the plan\nwrote out\n"
+
+
+def test_sparsify_and_back(checkpoint, tmp_path, capsys):
+    sparse, dense = tmp_path / "sparse", tmp_path / "dense"
+    (checkpoint / "tokenizer_config.json").write_text("{}")
+    options = ["--rank", "2", "--density", "0.25", "--include", "*.mlp.*", "--seed", "3"]
+    assert cli.main(["sparsify", str(checkpoint), str(sparse), "sparse-low-rank", *options]) == 0
+    said = capsys.readouterr().out
+    assert "SparseLowRank(include=('*.mlp.*',)" in said
+    assert "6 layers" in said
+    assert said.endswith(f"wrote {sparse}\n")
+    model = apical.load(sparse)
+    assert len(replaced(model)) == 6
+    assert (sparse / "tokenizer_config.json").is_file()
+    arguments = [str(sparse), str(dense), "--max-shard-gb", "2e-6"]
+    assert cli.main(["export-dense", *arguments]) == 0
+    assert capsys.readouterr().out == f"6 layers are dense again\nwrote {dense}\n"
+    weights = AutoModelForCausalLM.from_pretrained(dense).state_dict()
+    for name, weight in apical.export_dense(model).state_dict().items():
+        assert torch.equal(weights[name], weight)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["sparsify", "SRC", "SRC", "low-rank"], "exists and is not overwritten"),
+        (["sparsify", "nowhere", "out", "low-rank"], "SRC is nowhere, which is not a directory"),
+        (["sparsify", "SRC", "out", "low-rank", "--rank", "9"], "rank is 9; expected an integer"),
+        (["sparsify", "SRC", "out", "low-rank", "--rank", "1.5"], "rank is 1.5; expected a share"),
+        (["sparsify", "SRC", "out", "low-rank", "--include", "*.nope"], "matches no linear layer"),
+        (["export-dense", "SRC", "out"], "no sparse layers to export"),
+        (["export-dense", "SRC", "out", "--max-shard-gb", "nan"], "--max-shard-gb is nan"),
+    ],
+    ids=["exists", "missing", "rank", "share", "pattern", "dense", "size"],
+)
+def test_mistakes_about_sparse_layers_are_one_line(
+    checkpoint, tmp_path, monkeypatch, capsys, words, message
+):
+    monkeypatch.chdir(tmp_path)
+    words = [str(checkpoint) if word == "SRC" else word for word in words]
+    assert cli.main(words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("apical: error: ")
+    assert message in error
+    assert error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["small"]
 
 
 def test_info_for_people_and_for_programs(capsys):

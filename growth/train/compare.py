@@ -100,6 +100,7 @@ def scratch_recipe(recipe: Recipe, records: Sequence[Record]) -> Recipe:
         "tokens": round(budget / spent[last].flops * spent[last].steps * grown.batch_tokens),
         "batch_tokens": grown.batch_tokens,
         "context": grown.context,
+        "sparsity": None if grown.exports else grown.sparsity,
         "schedule": {
             "kind": "cosine",
             "peak": first.schedule.peak,

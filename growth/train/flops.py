@@ -4,7 +4,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
+
+from ..sparse import StructuredLinear
+from .model import model_of_config
 
 
 @dataclass(frozen=True)
@@ -17,7 +20,8 @@ class TrainingCost:
         flops = 6 * weights * tokens + 12 * attention * pairs
 
     weights: the weights of all matrices that every token is multiplied with, the head included
-    (also when it is tied to the embedding), the embedding not: it is a look-up.
+    (also when it is tied to the embedding), the embedding not: it is a look-up. A sparse layer
+    counts the weights that it multiplies with, by its own `flops`.
     attention: L * H * D (layers, query heads, head size): the scores and the weighted sum of the
     values are 2 products of 2 * D operations each for every head and pair; times 3, as above.
     pairs: tokens times the mean number of keys that a token attends to; a causal document of n
@@ -37,9 +41,8 @@ def training_cost(model: nn.Module, config: PretrainedConfig) -> TrainingCost:
     """Return the cost of training a causal language model whose matrices are linear layers."""
     heads = config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
     return TrainingCost(
-        weights=sum(module.weight.numel() for module in linear),
+        weights=sum(_weights(module) for module in model.modules()),
         attention=config.num_hidden_layers * heads * head_size,
     )
 
@@ -47,7 +50,13 @@ def training_cost(model: nn.Module, config: PretrainedConfig) -> TrainingCost:
 def cost_of_config(config: PretrainedConfig) -> TrainingCost:
     """Return the cost of training a model that is not built yet; nothing is allocated."""
     with torch.device("meta"):
-        return training_cost(AutoModelForCausalLM.from_config(config), config)
+        return training_cost(model_of_config(config), config)
+
+
+def _weights(module: nn.Module) -> int:
+    if isinstance(module, StructuredLinear):
+        return module.flops(1) // 2
+    return module.weight.numel() if isinstance(module, nn.Linear) else 0
 
 
 def causal_pairs(lengths: list[int]) -> int:

@@ -1,27 +1,31 @@
 """Builds the model of a stage, and gives it the kernels that its recipe asks for."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from torch.optim import AdamW
+from torch.optim import Optimizer
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     GenerationConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging
 
 import apical
 from apical.hf.support import attention_refusal, loss_refusal
 
 from ..optimizer_state import grow_optimizer
+from ..per_layer import PerLayerOptimizer
 from ..plan import GrowthPlan
+from ..progress_bars import without_bars
 from ..publish import published
+from ..sparse import replaced, sparsify
+from ..sparse.files import entry_of, restore_layers
 from .optimizer import Moments, build_optimizer, moments, set_moments
 
 if TYPE_CHECKING:
@@ -29,8 +33,8 @@ if TYPE_CHECKING:
 
 
 def first_model(
-    plan: "StagePlan", previous: tuple[PreTrainedModel, AdamW] | None, *, device: torch.device
-) -> tuple[PreTrainedModel, AdamW, str]:
+    plan: "StagePlan", previous: tuple[PreTrainedModel, Optimizer] | None, *, device: torch.device
+) -> tuple[PreTrainedModel, Optimizer, str]:
     """Return a stage's model and optimizer before its first step, and a text on how they were made.
 
     Args:
@@ -39,13 +43,24 @@ def first_model(
     """
     source, operator = plan.spec.model, plan.spec.model.operator()
     base = previous[0] if previous and source.from_ == "previous" else _load(plan, device)
+    rule = plan.spec.rule()
+    if previous and isinstance(previous[1], PerLayerOptimizer):
+        previous[1].remove()
+    if plan.spec.sparsity is not None and plan.teacher is not None:
+        # the teacher may be the model before, as it was
+        base = copy.deepcopy(base)
+    if plan.spec.exports:
+        base = apical.export_dense(base)
     model = apical.grow(base, operator) if operator else base
     growth = operator.plan(base.config.to_dict()) if operator else None
+    model = sparsify(model, rule) if rule else model
     optimizer = _optimizer(model, plan)
     if previous and source.optimizer == "keep":
         set_moments(model, optimizer, _grown_moments(previous, model, growth))
     _set_kernels(model, plan)
     lines = [f"{type(model).__name__} from {source.from_}, moments: {source.optimizer}"]
+    if layers := replaced(model):
+        lines.append(f"{len(layers)} of its layers are sparse" + (f", by {rule}" if rule else ""))
     return (
         model,
         optimizer,
@@ -55,13 +70,13 @@ def first_model(
 
 def empty_model(
     plan: "StagePlan", generation: dict[str, Any], *, device: torch.device
-) -> tuple[PreTrainedModel, AdamW]:
+) -> tuple[PreTrainedModel, Optimizer]:
     """Return a stage's model and optimizer for a checkpoint to be read into.
 
     Args:
         generation: the model's generation config.
     """
-    model = AutoModelForCausalLM.from_config(plan.config, dtype=torch.float32).to(device)
+    model = model_of_config(plan.config).to(device)
     model.generation_config = GenerationConfig.from_dict(generation)
     optimizer = _optimizer(model, plan)
     _set_kernels(model, plan)
@@ -77,7 +92,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path:
     apical.use_kernels(model, attention=False, loss=False)
     try:
         with published(path, unfinished=path.with_name(f"{path.name}.tmp")) as unfinished:
-            with _without_bars():
+            with without_bars():
                 model.save_pretrained(unfinished)
             tokenizer.save_pretrained(unfinished)
     except (OSError, SafetensorError) as error:
@@ -87,15 +102,22 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path:
 def _load(plan: "StagePlan", device: torch.device) -> PreTrainedModel:
     source = plan.spec.model.from_
     if source == "scratch":
-        return AutoModelForCausalLM.from_config(plan.base, dtype=torch.float32).to(device)
+        return model_of_config(plan.base).to(device)
     return load_pretrained(source, device).train()
 
 
 def load_pretrained(directory: str, device: torch.device) -> PreTrainedModel:
     """Return the model of a checkpoint directory, in float32."""
-    with _without_bars():
-        model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    sparse = entry_of(AutoConfig.from_pretrained(directory))
+    load: Any = apical.load if sparse else AutoModelForCausalLM.from_pretrained
+    with without_bars():
+        model: Any = load(directory, dtype=torch.float32)
     return model.to(device)
+
+
+def model_of_config(config: PretrainedConfig) -> Any:
+    """Return a new model in float32, with the sparse layers that its config says."""
+    return restore_layers(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
 
 
 def model_tensors(model: PreTrainedModel) -> dict[str, Any]:
@@ -106,20 +128,8 @@ def model_tensors(model: PreTrainedModel) -> dict[str, Any]:
     return {name: p.detach() for name, p in model.named_parameters()} | buffers
 
 
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """Keep transformers' progress bars out of ours."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
 def _grown_moments(
-    previous: tuple[PreTrainedModel, AdamW], model: PreTrainedModel, growth: GrowthPlan | None
+    previous: tuple[PreTrainedModel, Optimizer], model: PreTrainedModel, growth: GrowthPlan | None
 ) -> Moments:
     if growth is None:
         return moments(*previous)
@@ -127,7 +137,7 @@ def _grown_moments(
     return grow_optimizer(growth, moments(*previous), shapes)
 
 
-def _optimizer(model: PreTrainedModel, plan: "StagePlan") -> AdamW:
+def _optimizer(model: PreTrainedModel, plan: "StagePlan") -> Optimizer:
     return build_optimizer(model, plan.spec.optimizer, peak=plan.spec.schedule.peak)
 
 
@@ -138,8 +148,8 @@ def check_kernels(plan: "StagePlan") -> None:
         ValueError: they do not.
     """
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(plan.config)
-        teacher = plan.teacher and AutoModelForCausalLM.from_config(plan.teacher)
+        model = model_of_config(plan.config)
+        teacher = plan.teacher and model_of_config(plan.teacher)
     _set_kernels(model, plan)
     reason = teacher and (attention_refusal(teacher) or loss_refusal(teacher))
     if reason:
@@ -161,7 +171,7 @@ def _set_kernels(model: PreTrainedModel, plan: "StagePlan") -> None:
             "model whose loss apical can compute; set it to 0"
         )
     reason = None if objective.kind == "causal" else loss_refusal(model)
-    if objective.kind == "spherical_z" and getattr(model.config, "final_logit_softcapping", None):
+    if objective.linear_logits and getattr(model.config, "final_logit_softcapping", None):
         reason = "final_logit_softcapping bends the logits, whose mean it takes"
     if reason:
         raise ValueError(

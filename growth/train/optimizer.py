@@ -1,27 +1,48 @@
-"""AdamW with its moments by parameter name, so that they can be saved, loaded and grown."""
+"""The optimizer, with its moments by parameter name: to be saved, loaded and grown."""
+
+import functools
+import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 
 from ..continual import Infinite, RewarmCosine, Schedule
+from ..per_layer import PerLayerOptimizer
+from ..sparse import replaced
+from .eight_bit import adamw8bit
 from .recipe.schema import Optimizer as OptimizerSpec
 from .recipe.schema import Schedule as ScheduleSpec
 
 Moments = dict[str, dict[str, Tensor]]
 
 
-def build_optimizer(model: nn.Module, spec: OptimizerSpec, *, peak: float) -> AdamW:
-    """Return AdamW that decays matrices only, with its moments at zero."""
+def build_optimizer(model: nn.Module, spec: OptimizerSpec, *, peak: float) -> Optimizer:
+    """Return the recipe's AdamW, which decays matrices only, with its moments at zero."""
     parameters = list(model.parameters())
+    matrices = {p for p in parameters if p.ndim >= 2} | _entries_of_matrices(model)
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": spec.weight_decay},
+        {"params": [p for p in parameters if p in matrices], "weight_decay": spec.weight_decay},
         # gains and biases have a scale of their own that decay would pull away
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in parameters if p not in matrices], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    optimizer = AdamW(groups, lr=peak, betas=spec.betas, eps=spec.eps, fused=True)
-    for parameter in parameters:
+    kinds = {"adamw": _adamw, "adamw8bit": adamw8bit}
+    options = {"lr": peak, "betas": spec.betas, "eps": spec.eps}
+    make = functools.partial(kinds[spec.kind], **options)
+    return PerLayerOptimizer(groups, make) if spec.per_layer else make(groups)
+
+
+def _entries_of_matrices(model: nn.Module) -> set[nn.Parameter]:
+    """Return what holds the weights of sparse layers, whatever its shape."""
+    named = (item for layer in replaced(model).values() for item in layer.named_parameters())
+    return {parameter for name, parameter in named if name != "bias"}
+
+
+def _adamw(groups: list[dict[str, Any]], **options: Any) -> AdamW:
+    optimizer = AdamW(groups, **options, fused=True)
+    for parameter in (p for group in groups for p in group["params"]):
         # what torch would set at the first step: there is always a state to save and to load
         optimizer.state[parameter] = {
             "step": torch.zeros((), device=parameter.device),
@@ -31,12 +52,19 @@ def build_optimizer(model: nn.Module, spec: OptimizerSpec, *, peak: float) -> Ad
     return optimizer
 
 
-def moments(model: nn.Module, optimizer: AdamW) -> Moments:
+def norm_of_gradients(model: nn.Module, optimizer: Optimizer, *, clip: float | None) -> float:
+    """Return the norm of all gradients of a step, and clip them to the given one."""
+    if isinstance(optimizer, PerLayerOptimizer):
+        return optimizer.pop_grad_norm().item()
+    return nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf).item()
+
+
+def moments(model: nn.Module, optimizer: Optimizer) -> Moments:
     """Return the optimizer's live state by parameter name."""
     return {name: optimizer.state[p] for name, p in model.named_parameters()}
 
 
-def set_moments(model: nn.Module, optimizer: AdamW, values: Moments) -> None:
+def set_moments(model: nn.Module, optimizer: Optimizer, values: Moments) -> None:
     """Copy the given state, by parameter name, into the optimizer."""
     for name, state in moments(model, optimizer).items():
         for key, tensor in state.items():

@@ -1,13 +1,17 @@
 """What a run will do, known before it starts: the model, steps and work of every stage."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from transformers import AutoConfig, PretrainedConfig
 
+from ..sparse import sparsify
+from ..sparse.files import without_entry
 from .flops import TrainingCost, cost_of_config
-from .model import check_kernels
+from .model import check_kernels, model_of_config
 from .recipe.schema import ModelSource, Recipe, Stage
 from .teacher_config import teacher_config
 
@@ -17,7 +21,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage. base is the config that its model starts from, config the one after growth."""
+    """One stage. base is the config that its model starts from.
+
+    config is the one after growth, and says which layers are sparse.
+    """
 
     index: int
     spec: Stage
@@ -62,12 +69,12 @@ def outline(
 
     Raises:
         ValueError: a model has fewer embeddings than the tokenizer has tokens, or does not take
-            the kernels, or a teacher does not fit to it.
+            the kernels or the sparse layers, or a teacher does not fit to it.
     """
     plans: list[StagePlan] = []
     for index, spec in enumerate(recipe.stages):
         base = _base_config(spec.model, tokenizer, plans[-1].config if plans else None)
-        config = _grown_config(base, spec.model)
+        config = _sparse_config(_grown_config(_dense(base, spec), spec.model), spec, index)
         if config.vocab_size < len(tokenizer):
             raise ValueError(
                 f"stages[{index}].model has vocab_size {config.vocab_size}, but the tokenizer has "
@@ -109,6 +116,25 @@ def _base_config(
         "eos_token_id": tokenizer.eos_token_id,
     }
     return AutoConfig.for_model(**(ours | (source.config or {})))
+
+
+def _dense(config: PretrainedConfig, stage: Stage) -> PretrainedConfig:
+    return without_entry(config) if stage.exports else config
+
+
+def _sparse_config(config: PretrainedConfig, stage: Stage, index: int) -> PretrainedConfig:
+    rule = stage.rule()
+    if rule is None:
+        return config
+    with torch.device("meta"):
+        model = model_of_config(config)
+    try:
+        sparsify(model, rule)
+    except ValueError as error:
+        raise ValueError(f"stages[{index}].sparsity: {error}") from None
+    config = copy.deepcopy(config)
+    config.apical = model.config.apical
+    return config
 
 
 def _grown_config(config: PretrainedConfig, source: ModelSource) -> PretrainedConfig:

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from torch import nn
-from torch.optim import AdamW
+from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from ..continual import ScheduleLR
@@ -16,7 +15,7 @@ from .data.packing import BatchStream, PackedBatch
 from .flops import causal_pairs
 from .model import model_tensors
 from .objective import BatchLoss
-from .optimizer import build_schedule, moments
+from .optimizer import build_schedule, moments, norm_of_gradients
 from .outline import StagePlan
 
 
@@ -72,7 +71,7 @@ class StageState:
         self,
         plan: StagePlan,
         model: PreTrainedModel,
-        optimizer: AdamW,
+        optimizer: Optimizer,
         stream: BatchStream,
         counters: Counters,
         loss: BatchLoss,
@@ -88,13 +87,14 @@ class StageState:
         """Take one step.
 
         Raises:
-            ValueError: the loss or the gradient is not finite; no weight was changed by it.
+            ValueError: the loss or the gradient is not finite; no weight was changed by it, but
+                where the optimizer steps per layer.
         """
         start = time.perf_counter()
         batch = self.stream.next()
         loss = self._backward(batch)
-        clip = self.plan.spec.optimizer.clip or math.inf
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), clip).item()
+        clip = self.plan.spec.optimizer.clip
+        norm = norm_of_gradients(self.model, self.optimizer, clip=clip)
         self.refuse_unless_finite("the loss", loss)
         self.refuse_unless_finite("the norm of the gradient", norm)
         lr = self.scheduler.get_last_lr()[0]
@@ -155,7 +155,7 @@ class StageState:
         return self.plan.flops_of(**size, taught=taught)
 
 
-def live_tensors(model: PreTrainedModel, optimizer: AdamW, loss: BatchLoss) -> dict[str, Any]:
+def live_tensors(model: PreTrainedModel, optimizer: Optimizer, loss: BatchLoss) -> dict[str, Any]:
     """Return the live tensors of a stage, by name: to be saved, or to be read into."""
     return {
         "model": model_tensors(model),

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 import apical
 
 from ..objectives import Distillation, SoftLabels, TokenScores, token_scores
 from .head import run_to_head
-from .model import load_pretrained, model_tensors
+from .model import load_pretrained, model_of_config, model_tensors
 
 if TYPE_CHECKING:
     from .outline import StagePlan
@@ -84,5 +84,4 @@ def empty_teacher(plan: "StagePlan", *, device: torch.device) -> Teacher | None:
     directory = plan.spec.objective.teacher_directory
     if directory is not None:
         return Teacher(load_pretrained(directory, device), saved=False)
-    model = AutoModelForCausalLM.from_config(plan.teacher, dtype=torch.float32).to(device)
-    return Teacher(model, saved=True)
+    return Teacher(model_of_config(plan.teacher).to(device), saved=True)

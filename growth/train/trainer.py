@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..sparse.files import refresh
 from .checkpoint import checkpoint_path, load_tensors, read_state, save_checkpoint
 from .data.packing import BatchStream
 from .directory import RunDirectory
@@ -134,6 +135,9 @@ class Trainer:
         loss = BatchLoss(plan.spec, model, steps=plan.steps, teacher=teacher)
         tensors = live_tensors(model, optimizer, loss) | {"rng": get_rng()}
         load_tensors(path, tensors)
+        refresh(model)
+        if teacher:
+            refresh(teacher.model)
         set_rng(tensors["rng"])
         stream = self._stream(plan, teacher)
         stage = StageState(plan, model, optimizer, stream, Counters(), loss)

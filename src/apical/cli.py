@@ -18,7 +18,13 @@ _QUIET = {
 }
 # waiting threads sleep: spinning ones make a busy machine several times slower for all
 _THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
-_EXTRAS = {"train": "apical[train]", "grow": "apical[hf]", "bench": "apical[bench]"}
+_EXTRAS = {
+    "train": "apical[train]",
+    "grow": "apical[hf]",
+    "sparsify": "apical[hf]",
+    "export-dense": "apical[hf]",
+    "bench": "apical[bench]",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,7 +7,7 @@ import sys
 from functools import reduce
 from operator import or_
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Generic, Literal, TypeVar
 
 import tyro
 from tyro.conf import arg, subcommand
@@ -78,21 +78,56 @@ class Grow:
     max_shard_gb: Annotated[float, arg(metavar="GB")] = 5.0
 
     def run(self) -> str:
-        if not self.source.is_dir():
-            raise ValueError(
-                f"SRC is {self.source}, which is not a directory; only local checkpoint "
-                "directories are supported, names on a hub are not fetched"
-            )
-        size = self.max_shard_gb * 1e9
-        # also false for nan
-        if not 1 <= size < float("inf"):
-            raise ValueError(f"--max-shard-gb is {self.max_shard_gb:g}, expected a positive number")
+        size = shard_bytes(self.source, self.max_shard_gb)
         from .growth.shards import grow_checkpoint
 
         plan = grow_checkpoint(
-            self.source, self.out, self.operator, max_shard_bytes=int(size), progress=True
+            self.source, self.out, self.operator, max_shard_bytes=size, progress=True
         )
         return f"{plan}\nwrote {self.out}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Sparsify:
+    """Replace linear layers of a checkpoint directory by sparse or low-rank ones.
+
+    The result loads with apical.load, not with transformers alone.
+
+    Args:
+        source: transformers directory
+        out: directory to write; it must not exist
+        max_shard_gb: largest file to write, in 10^9 bytes
+    """
+
+    source: Annotated[Path, arg(metavar="SRC")]
+    out: Annotated[Path, arg(metavar="OUT")]
+    max_shard_gb: Annotated[float, arg(metavar="GB")] = 5.0
+
+    def run(self) -> str:
+        # the one with a rule does
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportDense:
+    """Write a directory with sparse layers as a stock one, which loads with transformers alone.
+
+    Args:
+        source: directory with sparse layers
+        out: directory to write; it must not exist
+        max_shard_gb: largest file to write, in 10^9 bytes
+    """
+
+    source: Annotated[Path, arg(metavar="SRC")]
+    out: Annotated[Path, arg(metavar="OUT")]
+    max_shard_gb: Annotated[float, arg(metavar="GB")] = 5.0
+
+    def run(self) -> str:
+        size = shard_bytes(self.source, self.max_shard_gb)
+        from .growth.sparse.export import export_dense_checkpoint
+
+        count = export_dense_checkpoint(self.source, self.out, max_shard_bytes=size, progress=True)
+        return f"{count} layers are dense again\nwrote {self.out}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,8 +166,24 @@ class Bench:
         raise SystemExit(subprocess.run(command, check=False).returncode)
 
 
+def shard_bytes(source: Path, max_shard_gb: float) -> int:
+    """Return the size of a file, and check it and the directory to read."""
+    if not source.is_dir():
+        raise ValueError(
+            f"SRC is {source}, which is not a directory; only local checkpoint "
+            "directories are supported, names on a hub are not fetched"
+        )
+    # also false for nan
+    if not 1 <= max_shard_gb * 1e9 < float("inf"):
+        raise ValueError(f"--max-shard-gb is {max_shard_gb:g}, expected a positive number")
+    return int(max_shard_gb * 1e9)
+
+
+Rules = TypeVar("Rules", bound=Sparsify)
+
+
 @dataclasses.dataclass(frozen=True)
-class _Line:
+class _Line(Generic[Rules]):
     """Cheaper pre-training by reusing what is already trained.
 
     `apical COMMAND --help` explains a command; `apical --version` prints the version.
@@ -144,6 +195,8 @@ class _Line:
     command: (
         Annotated[Train, subcommand("train")]
         | Annotated[Grow, subcommand("grow")]
+        | Annotated[Rules, subcommand("sparsify")]
+        | Annotated[ExportDense, subcommand("export-dense")]
         | Annotated[Info, subcommand("info")]
         | Annotated[Bench, subcommand("bench")]
     )
@@ -152,4 +205,12 @@ class _Line:
 
 def run(arguments: list[str]) -> str:
     """Run the command that the arguments name, and return what it has to say."""
-    return tyro.cli(_Line, prog="apical", args=arguments, config=_STYLE).command.run()
+    rules, style = Sparsify, _STYLE
+    if "sparsify" in arguments:
+        # they need torch, which takes a second to import: not for the help of the other commands
+        from .rule_commands import SparsifyBy
+
+        rules = SparsifyBy
+        # an option that is a list or None cannot be given several times
+        style = tuple(marker for marker in _STYLE if marker is not tyro.conf.UseAppendAction)
+    return tyro.cli(_Line[rules], prog="apical", args=arguments, config=style).command.run()

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from apical.growth import shards
+from apical.growth import checkpoint_output
 from apical.growth.apply import grow
 from apical.growth.operators import OPERATORS, Stack, Zero
 from apical.growth.plan import GrowthPlan
@@ -330,7 +330,7 @@ def test_an_interrupt_leaves_nothing(saved, tmp_path, monkeypatch):
         assert list(out.glob("*.safetensors"))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(shards, "_copy_others", interrupt)
+    monkeypatch.setattr(checkpoint_output, "copy_others", interrupt)
     with pytest.raises(KeyboardInterrupt):
         grow_checkpoint(saved, tmp_path / "big", Stack())
     assert not list(tmp_path.glob("big*"))
@@ -344,14 +344,14 @@ def _run(code, *arguments):
 def test_a_kill_leaves_no_checkpoint_and_the_next_run_succeeds(saved, tmp_path):
     code = """
         import os, signal, sys
-        from apical.growth import shards
+        from apical.growth import checkpoint_output, shards
         from apical.growth.operators import Stack
-        write = shards._write_shard
+        write = checkpoint_output._write_shard
         def write_then_die(path, *rest):
             write(path, *rest)
             if path.name.startswith("model-00002"):
                 os.kill(os.getpid(), signal.SIGKILL)
-        shards._write_shard = write_then_die
+        checkpoint_output._write_shard = write_then_die
         shards.grow_checkpoint(sys.argv[1], sys.argv[2], Stack(), max_shard_bytes=10_000)
     """
     done = _run(code, saved, tmp_path / "big")

@@ -20,21 +20,27 @@ from .errors import Location, RecipeError, describe, did_you_mean, unknown_key
 
 if TYPE_CHECKING:
     from .objective import Objective
-    from .schema import ModelSource, Recipe
+    from .schema import ModelSource, Recipe, Stage
 
 # keys that transformers takes from a config file without a field of that name
 _LEGACY_KEYS = ("model_type", "torch_dtype", "rope_theta", "rope_scaling", "partial_rotary_factor")
 
 
-def make_operator(name: str, options: Mapping[str, Any]) -> Any:
-    """Return a growth operator from its name and its options.
+def make_operator(
+    name: str,
+    options: Mapping[str, Any],
+    table: Mapping[str, Any] = OPERATORS,
+    *,
+    what: str = "operator",
+) -> Any:
+    """Return a growth operator, or what another table holds, from its name and its options.
 
     Raises:
         RecipeError: the operator or an option is unknown, or an option has a wrong value.
     """
-    if name not in OPERATORS:
-        raise RecipeError((name,), f"unknown operator; {did_you_mean(name, OPERATORS)}")
-    operator = OPERATORS[name]
+    if name not in table:
+        raise RecipeError((name,), f"unknown {what}; {did_you_mean(name, table)}")
+    operator = table[name]
     known = [field.name for field in fields(operator)]
     for key in options:
         if key not in known:
@@ -75,6 +81,9 @@ def check_recipe(recipe: "Recipe") -> None:
         RecipeError: they do not.
         NotImplementedError: a stage grows an architecture that has no table.
     """
+    # it makes rules by the function above
+    from .sparsity import before_growth
+
     _check_names(recipe)
     _check_sources(recipe)
     if recipe.tokenizer.path and not Path(recipe.tokenizer.path).is_dir():
@@ -90,9 +99,12 @@ def check_recipe(recipe: "Recipe") -> None:
             message = "the first stage has no previous one; expected scratch or a directory"
             raise RecipeError(("stages", 0, "model", "from"), message)
         try:
+            config = before_growth(stage, config)
             _check_stage(recipe, index, config)
         except RecipeError as error:
             raise _at(("stages", index), error) from None
+        if stage.rule() is not None:
+            config = config | {"apical": {"sparse": stage.sparsity}}
 
 
 def _check_names(recipe: "Recipe") -> None:
@@ -129,9 +141,20 @@ def _check_stage(recipe: "Recipe", index: int, config: dict[str, Any]) -> None:
         raise RecipeError(("context",), message)
     _check_vocabulary(recipe, index, config)
     _check_teacher(stage.objective, first=index == 0)
+    if stage.model.optimizer == "keep":
+        _check_kept(stage, recipe.stages[index - 1])
     if stage.model.grow is not None:
         # here and not when the stage begins, which may be days later
         architecture_of(config)
+
+
+def _check_kept(stage: "Stage", before: "Stage") -> None:
+    kind, place = stage.optimizer.kind, ("model", "optimizer")
+    if kind != before.optimizer.kind:
+        message = f"is keep, but the moments are those of {before.optimizer.kind}, not {kind}"
+        raise RecipeError(place, f"{message}; write reset")
+    if stage.model.grow is not None and kind != "adamw":
+        raise RecipeError(place, f"is keep, but moments of {kind} cannot grow; write reset")
 
 
 def _check_teacher(objective: "Objective", *, first: bool) -> None:

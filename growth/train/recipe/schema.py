@@ -4,15 +4,19 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from .checks import check_model, check_recipe, make_operator
 from .document import apply_override, dump, read_document
 from .errors import RecipeError
 from .fields import Count, Fraction, Name, Strict
 from .objective import Causal, Objective
+from .sparsity import DENSE, Sparsity, make_rule
+
+if TYPE_CHECKING:
+    from ...sparse import Rule
 
 # they change what is written, not what is computed: a resumed run may differ in them
 OUTPUT_ONLY = ("name", "log_every", "checkpoint_every")
@@ -129,18 +133,24 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Optimizer(Strict):
-    """AdamW and the clipping of the gradient's norm; `clip: null` for none."""
+    """AdamW and the clipping of the gradient's norm; `clip: null` for none.
 
+    `per_layer` takes the steps in the backward pass, so that not all gradients exist at once.
+    """
+
+    kind: Literal["adamw", "adamw8bit"] = "adamw"
+    per_layer: bool = False
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.95)
     eps: Annotated[float, Field(gt=0)] = 1.0e-8
     clip: Annotated[float, Field(gt=0)] | None = 1.0
 
-
-def _refuse_sparsity(value: object) -> object:
-    if value is not None:
-        raise ValueError("there are no sparse layers yet; write null or remove the key")
-    return value
+    @model_validator(mode="after")
+    def _clips_all_or_none(self) -> "Optimizer":
+        if self.per_layer and self.clip is not None:
+            message = f"is {self.clip:g}, which needs all gradients at once; per_layer takes null"
+            raise RecipeError(("clip",), message)
+        return self
 
 
 class Stage(Strict):
@@ -156,7 +166,7 @@ class Stage(Strict):
     objective: Objective = Causal()
     schedule: Schedule
     optimizer: Optimizer = Optimizer()
-    sparsity: Annotated[None, BeforeValidator(_refuse_sparsity)] = None
+    sparsity: Sparsity = None
     kernels: bool = True
     evaluate: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] | None = None
     evaluate_tokens: Count = 32768
@@ -172,6 +182,18 @@ class Stage(Strict):
             message = f"is {self.objective.kind}, which needs `kernels: true`"
             raise RecipeError(("objective", "kind"), message)
         return self
+
+    def rule(self) -> "Rule | None":
+        """Return the rule by which this stage replaces layers, or None."""
+        if not isinstance(self.sparsity, dict):
+            return None
+        ((name, options),) = self.sparsity.items()
+        return make_rule(name, options)
+
+    @property
+    def exports(self) -> bool:
+        """Whether this stage begins by making its model dense."""
+        return self.sparsity == DENSE
 
 
 class Recipe(Strict):

@@ -319,8 +319,8 @@ MISTAKES = {
         "22: stages[1].schedule.min_ratio: is above constant_ratio 0.55",
     ),
     "sparse layers": (
-        ("    tokens: 1000", "    sparsity: {rank: 4}\n    tokens: 1000"),
-        "12: stages[0].sparsity: there are no sparse layers yet; write null or remove the key",
+        ("    tokens: 1000", "    sparsity: {low_rnk: {rank: 4}}\n    tokens: 1000"),
+        "12: stages[0].sparsity.low_rnk: unknown rule; did you mean 'low_rank'?",
     ),
     "list of stages that is a number": (
         (TEXT[TEXT.index("stages:") :], "stages: 3\n"),
