@@ -38,11 +38,12 @@ def steps(out: Path, *, match: str) -> list[Step]:
     where = ["--plain", "--device", "cuda", "--output", str(out), "--match", match]
     return [
         Step("build", build, "nvcc", 120),
-        Step("tests", [python, *_TESTS], python, 150),
+        Step("tests", [python, *_TESTS], python, 240),
         Step("sanitizer", check, sanitizer, 100),
         Step("attention", [*race, "varlen_attention", *where, "--budget", "0.3"], python, 300),
         Step("loss", [*race, "linear_cross_entropy", *where, "--budget", "2"], python, 120),
         Step("sparse", [*race, "sparse_low_rank", *where, "--budget", "1"], python, 100),
+        Step("monarch", [*race, "monarch", *where, "--budget", "0.5"], python, 60),
         Step("training", [*race, "packed_training", *where, "--budget", "2"], python, 120),
     ]
 

@@ -1,7 +1,7 @@
 // the cross-entropy of a chunk of tokens and its gradients on the matrix unit (AMX), without the
 // logits in memory: two sweeps over the vocabulary, of which the first leaves exponentials
 #include "amx.h"
-#include "large_pages.h"
+#include "pages.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -172,7 +172,7 @@ float* result(std::optional<Tensor>& tensor, const char* name, int64_t rows, int
   if (!tensor) return nullptr;
   check(*tensor, name, ScalarType::Float, {rows, columns});
   auto* data = static_cast<float*>(tensor->mutable_data_ptr());
-  ask_for_large_pages(data, rows * columns * 4);
+  bring_in(data, rows * columns * 4);
   return data;
 }
 
@@ -189,7 +189,7 @@ uint16_t* scratch(const std::optional<Tensor>& exps, int64_t tokens, int64_t voc
                   "exps must be bfloat16, contiguous, of at least ", size, " elements");
   auto* data = static_cast<uint16_t*>(exps->mutable_data_ptr());
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(data) % 64 == 0, "exps must start a cache line");
-  ask_for_large_pages(data, size * 2);
+  bring_in(data, size * 2);
   return data;
 }
 

@@ -2,7 +2,7 @@
 // a projection and its gradients have: the wide matrices have a row or a column per vocabulary
 // entry, are read once and packed in passing; what they are multiplied with stays in the caches
 #include "amx.h"
-#include "large_pages.h"
+#include "pages.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -204,7 +204,7 @@ amx::Floats result(const Tensor& tensor, int64_t rows, int64_t columns) {
   STD_TORCH_CHECK(tensor.size(0) == rows && tensor.size(1) == columns, "out must be (", rows, ", ",
                   columns, ")");
   auto* data = static_cast<float*>(tensor.mutable_data_ptr());
-  ask_for_large_pages(data, rows * columns * 4);
+  bring_in(data, rows * columns * 4);
   return {data, columns, rows, columns};
 }
 

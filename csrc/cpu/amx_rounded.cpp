@@ -1,6 +1,6 @@
 // float32 times a number, rounded to bfloat16: a gradient on its way out, in one pass over memory
 #include "amx.h"
-#include "large_pages.h"
+#include "pages.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -45,7 +45,7 @@ Tensor rounded(const Tensor& from, const Tensor& factor) {
   const float by = *static_cast<const float*>(factor.const_data_ptr());
   auto* to = static_cast<uint16_t*>(out.mutable_data_ptr());
   const int64_t size = from.numel(), lines = (size + kLine - 1) / kLine;
-  ask_for_large_pages(to, size * 2);
+  bring_in(to, size * 2);
   torch::stable::parallel_for(0, lines, kGrain, [&](int64_t begin, int64_t end) {
     const int64_t first = begin * kLine;
     round_lines(source + first, by, to + first, std::min(size, end * kLine) - first);

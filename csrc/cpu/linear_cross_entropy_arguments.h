@@ -1,7 +1,7 @@
 // what the softmax passes of the loss require of their arguments
 #pragma once
 
-#include "large_pages.h"
+#include "pages.h"
 #include "linear_cross_entropy_rows.h"
 
 #include <torch/csrc/stable/ops.h>
@@ -73,7 +73,7 @@ inline LossJob job_of(const LossTensors& x, const LossRules& rules) {
   job.rows = x.logits.size(0), job.size = x.logits.size(1), job.labels = x.ids.size(1);
   job.logits = static_cast<float*>(x.logits.mutable_data_ptr());
   job.half = x.half ? static_cast<uint16_t*>(x.half->mutable_data_ptr()) : nullptr;
-  if (job.half) ask_for_large_pages(job.half, job.rows * job.size * 2);
+  if (job.half) bring_in(job.half, job.rows * job.size * 2);
   job.ids = static_cast<const int64_t*>(x.ids.const_data_ptr());
   job.id_weight = static_cast<const float*>(x.id_weight.const_data_ptr());
   job.bias = column_values(x.bias, "bias", job.size);
