@@ -7,7 +7,8 @@
 import triton
 import triton.language as tl
 
-from ._triton_tiles import LOG2E, Configuration, capped, load_block, place, rows_here
+from .._common.triton_tiles import load_block, place
+from ._triton_tiles import LOG2E, Configuration, capped, rows_here
 
 
 @triton.jit

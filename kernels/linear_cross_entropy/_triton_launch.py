@@ -7,11 +7,12 @@ import triton
 from torch import Tensor
 
 from .._common.triton_launch import capability, compiled_by, launch, processors
+from .._common.triton_tiles import fits_tma
 from . import _triton_exponentials as exponentials
 from . import _triton_products as products
 from . import _triton_rows as by_row
 from ._rules import Rules
-from ._triton_tiles import ROWS, Configuration, Fixed, fits_tma
+from ._triton_tiles import ROWS, Configuration, Fixed
 
 if TYPE_CHECKING:
     from ._triton_filter import Kept

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .._common import native
-from ._dense import scaled
 from ._index import GroupIndex, RowIndex
+from ._scaled import scaled
 
 
 def takes(input: Tensor, layout: list[int]) -> bool:  # noqa: A002

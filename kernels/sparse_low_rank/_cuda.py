@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from .._common import native
-from ._dense import scaled
 from ._index import positions
+from ._scaled import scaled
 
 # the gradient of b comes from that of the whole weight
 KEEPS_HIDDEN = False

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ._index import positions
+from ._scaled import scaled
 
 # the gradient of b comes from that of the whole weight
 KEEPS_HIDDEN = False
@@ -54,16 +55,6 @@ def backward(
     if wanted[3]:
         grads[3] = of_weight.flatten()[stored]
     return grads
-
-
-def scaled(left: Tensor, right: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
-    """Return ``scale * left @ right + bias``, the factor and the bias without a pass of their own.
-
-    Shapes: left (X, Y), right (Y, Z), bias (Z,), result (X, Z).
-    """
-    if bias is not None:
-        return torch.addmm(bias, left, right, alpha=scale)
-    return torch.addmm(left.new_zeros(()), left, right, beta=0, alpha=scale)
 
 
 def _weight(a: Tensor, b: Tensor, values: Tensor, stored: Tensor, scale: float) -> Tensor:

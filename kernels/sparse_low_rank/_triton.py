@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ._dense import scaled
+from ._scaled import scaled
 
 if TYPE_CHECKING:
     from ._triton_launch import Blocks

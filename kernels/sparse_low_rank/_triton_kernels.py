@@ -7,7 +7,8 @@
 import triton
 import triton.language as tl
 
-from ._triton_tiles import columns_of, height_of, load_block, place
+from .._common.triton_tiles import load_block, place
+from ._triton_tiles import columns_of, height_of
 
 
 @triton.jit

@@ -8,9 +8,10 @@ import triton
 from torch import Tensor
 
 from .._common.triton_launch import capability, compiled_by, launch, processors
+from .._common.triton_tiles import Tiles, fits_tma
 from . import _triton_kernels as kernels
 from ._index import GroupIndex
-from ._triton_tiles import Configuration, configurations, fits_tma
+from ._triton_tiles import configurations
 
 # tokens of a part of the values' gradient, at least: fewer are not worth a sum over the parts
 _SPAN = 512
@@ -152,9 +153,7 @@ def _precision(x: Tensor) -> str:
     return "ieee" if x.dtype == torch.float32 else "tf32"
 
 
-def _choices(
-    out: Tensor, loaded: tuple[Tensor, ...], *, columns: int, depth: int
-) -> list[Configuration]:
+def _choices(out: Tensor, loaded: tuple[Tensor, ...], *, columns: int, depth: int) -> list[Tiles]:
     T, N = out.shape
     few = triton.cdiv(T, 256) * triton.cdiv(N, 128) < 2 * processors(out.device)
     tma = all(fits_tma(x) for x in loaded)
@@ -162,20 +161,18 @@ def _choices(
     return configurations(major, out.element_size(), tma=tma, few=few, columns=columns, depth=depth)
 
 
-def _values_choices(grad: Tensor, width: int, rows: int) -> list[Configuration]:
+def _values_choices(grad: Tensor, width: int, rows: int) -> list[Tiles]:
     # tiles of `width` columns of blocks, as far as they are wanted
     major, tma = capability(grad.device)[0], fits_tma(grad)
     found = configurations(major, grad.element_size(), tma=tma, few=True, columns=rows, depth=64)
     return [each._replace(rows=64) if width <= 64 else each for each in found]
 
 
-def _tiles(out: Tensor, choices: list[Configuration]) -> int:
+def _tiles(out: Tensor, choices: list[Tiles]) -> int:
     return triton.cdiv(len(out), choices[0].rows) * triton.cdiv(out.shape[1], choices[0].columns)
 
 
-def _launch(
-    kernel: Any, programs: int, arguments: dict[str, Any], choices: list[Configuration]
-) -> None:
+def _launch(kernel: Any, programs: int, arguments: dict[str, Any], choices: list[Tiles]) -> None:
     x = arguments["out_ptr"]
     dtypes = [each.dtype for each in arguments.values() if isinstance(each, Tensor)]
     key = (kernel.__name__, x.device, *dtypes, choices[0], *compiled_by(arguments))

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from apical.kernels._common.triton_tiles import Tiles
 from apical.kernels.sparse_low_rank import Support, _triton, _triton_launch
-from apical.kernels.sparse_low_rank._triton_tiles import Configuration
 
 from .linear_cross_entropy_interpreted import (
     INTERPRETED,
@@ -30,7 +30,7 @@ def small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
     def only(*_: object, tma: bool, columns: int, depth: int, **__: object) -> list[Any]:
         fits = math.gcd(columns, 32), math.gcd(depth, 16)
-        return [Configuration(tma and request.param == "tma", 16, *fits, 4, 2)]
+        return [Tiles(tma and request.param == "tma", 16, *fits, 4, 2)]
 
     monkeypatch.setattr(_triton_launch, "configurations", only)
     # several parts of the tokens
