@@ -39,10 +39,9 @@ void blocks_add(Tensor out, const Tensor& input, const Tensor& values, const Ten
   add_blocks(out, input, "input", values, {group_starts, chunks, rows, columns}, false);
 }
 
-// groups add their columns one after the other: the index by chunk is not needed
 void blocks_add_transposed(Tensor out, const Tensor& grad, const Tensor& values,
-                           const Tensor& group_starts, const Tensor& chunks, const Tensor&,
-                           const Tensor&, const Tensor&, int64_t rows, int64_t columns) {
+                           const Tensor& group_starts, const Tensor& chunks, int64_t rows,
+                           int64_t columns) {
   add_blocks(out, grad, "grad", values, {group_starts, chunks, rows, columns}, true);
 }
 
@@ -74,8 +73,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(apical, m) {
   m.def("blocks_add_(Tensor(a!) out, Tensor input, Tensor values, Tensor group_starts,"
         " Tensor chunks, int rows, int columns) -> ()");
   m.def("blocks_add_transposed_(Tensor(a!) out, Tensor grad, Tensor values, Tensor group_starts,"
-        " Tensor chunks, Tensor chunk_starts, Tensor groups, Tensor order, int rows, int columns)"
-        " -> ()");
+        " Tensor chunks, int rows, int columns) -> ()");
   m.def("blocks_sampled(Tensor grad, Tensor input, Tensor group_starts, Tensor chunks, int rows,"
         " int columns) -> Tensor values");
 }

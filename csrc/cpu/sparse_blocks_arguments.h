@@ -1,27 +1,15 @@
 // what products with blocks require of their arguments
 #pragma once
 
+#include "sparse_arguments.h"
 #include "sparse_blocks_job.h"
 
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 namespace apical {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 struct BlockIndex {
   const Tensor &starts, &chunks;
   int64_t rows, columns;
 };
-
-inline const int32_t* block_integers(const Tensor& tensor, const char* name) {
-  STD_TORCH_CHECK(tensor.dim() == 1 && tensor.scalar_type() == ScalarType::Int &&
-                      tensor.is_contiguous(),
-                  name, " must be a contiguous int32 vector");
-  return static_cast<const int32_t*>(tensor.const_data_ptr());
-}
 
 inline void check_starts(const Blocks& blocks, int64_t chunks) {
   int64_t last = 0;
@@ -47,8 +35,8 @@ inline Blocks blocks_of(const BlockIndex& index, int64_t out_features, int64_t i
   STD_TORCH_CHECK(index.rows > 0 && index.columns > 0,
                   "a block must have at least 1 x 1 entries, got ", index.rows, " x ",
                   index.columns);
-  Blocks blocks{block_integers(index.starts, "group_starts"),
-                block_integers(index.chunks, "chunks"),
+  Blocks blocks{integers(index.starts, "group_starts"),
+                integers(index.chunks, "chunks"),
                 (out_features + index.rows - 1) / index.rows, index.rows, index.columns,
                 out_features};
   STD_TORCH_CHECK(index.starts.size(0) == blocks.groups + 1, "group_starts must have ",
@@ -57,13 +45,6 @@ inline Blocks blocks_of(const BlockIndex& index, int64_t out_features, int64_t i
   check_starts(blocks, index.chunks.size(0));
   check_chunks(blocks, index.chunks.size(0), in_features);
   return blocks;
-}
-
-inline int64_t element_size(const Tensor& tensor, const char* name) {
-  const bool half = tensor.scalar_type() == ScalarType::BFloat16;
-  STD_TORCH_CHECK(half || tensor.scalar_type() == ScalarType::Float, name,
-                  " must be float32 or bfloat16");
-  return half ? 2 : 4;
 }
 
 inline void check_same_type(const Tensor& tensor, const char* name, const Tensor& as,

@@ -1,9 +1,10 @@
 // what a call with a matrix of blocks works on: the same for every instruction set
 #pragma once
 
+#include "lines.h"
+
 #include <algorithm>
 #include <cstdint>
-#include <memory>
 #include <vector>
 
 namespace apical {
@@ -49,21 +50,6 @@ struct Span {
 };
 
 using Spans = std::vector<Span>;
-
-// floats from the start of a line of the cache, so that no vector lies in two
-class Lines {
- public:
-  explicit Lines(int64_t size = 0) : all_(new float[size + kLine]) {}
-
-  float* data() const {
-    const uintptr_t at = reinterpret_cast<uintptr_t>(all_.get());
-    return all_.get() + (0 - at) % (kLine * sizeof(float)) / sizeof(float);
-  }
-
- private:
-  static constexpr int64_t kLine = 16;
-  std::unique_ptr<float[]> all_;
-};
 
 // what one group does: columns `from` of the input, times right (depth, one vector for each span of
 // `to`), are added to columns `to` of the output

@@ -21,7 +21,7 @@ struct BlockLoops {
 };
 
 #define APICAL_BOTH(isa, pass) \
-  {isa::blocks::pass<float>, isa::blocks::pass<isa::blocks::Bfloat16>}
+  {isa::blocks::pass<float>, isa::blocks::pass<isa::Bfloat16>}
 #define APICAL_BLOCKS(isa) \
   {isa::blocks::plan, APICAL_BOTH(isa, pack), APICAL_BOTH(isa, add), APICAL_BOTH(isa, sample)}
 

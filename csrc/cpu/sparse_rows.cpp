@@ -2,27 +2,9 @@
 #include "sparse_rows_arguments.h"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/headeronly/util/BFloat16.h>
-
-#include <memory>
 
 namespace apical {
 namespace {
-
-using torch::headeronly::BFloat16;
-
-// in whole cache lines
-class Scratch {
- public:
-  explicit Scratch(int64_t size) : memory_(new float[size + 16]) {}
-
-  float* data() const {
-    return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory_.get()) + 63) / 64 * 64);
-  }
-
- private:
-  std::unique_ptr<float[]> memory_;
-};
 
 int kind_of(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::BFloat16; }
 
@@ -47,14 +29,14 @@ void sparse_add(Tensor out, const Tensor& input, const Tensor& values, const Ten
   const Support support = support_of(starts, columns, job.left.size, job.input.size);
   check_values(values, columns, input);
   const Plan plan(support, kAddTokens);
-  const Scratch ordered(columns.size(0));
+  const Lines ordered(columns.size(0));
   (kind_of(input) ? to_plan<BFloat16> : to_plan<float>)(plan, values.const_data_ptr(),
                                                         ordered.data());
   job.plan = &plan, job.values = ordered.data();
   const auto add = sparse_loops().add[kind_of(input)];
   const int64_t packs = ceil_div(job.input.rows, kAddTokens);
   torch::stable::parallel_for(0, packs, 1, [&](int64_t begin, int64_t end) {
-    const Scratch scratch(job.scratch(kAddTokens));
+    const Lines scratch(job.scratch(kAddTokens));
     for (int64_t i = begin; i < end; ++i) add(job, i * kAddTokens, scratch.data());
   });
 }
@@ -88,10 +70,10 @@ Tensor sparse_sampled(const Tensor& grad, const Tensor& input, const Tensor& sta
   const auto sample = sparse_loops().sample[kind_of(input)];
   const Parts parts(job.input.rows);
   const int64_t stored = columns.size(0), stride = ceil_div(stored, 16) * 16;
-  const Scratch sums(stride * std::max<int64_t>(1, parts.count));
+  const Lines sums(stride * std::max<int64_t>(1, parts.count));
   std::fill(sums.data(), sums.data() + stored, 0.0f);
   torch::stable::parallel_for(0, parts.count, 1, [&](int64_t begin, int64_t end) {
-    const Scratch scratch(job.scratch(kSampleTokens));
+    const Lines scratch(job.scratch(kSampleTokens));
     for (int64_t part = begin; part < end; ++part) {
       float* to = sums.data() + part * stride;
       std::fill(to, to + stored, 0.0f);

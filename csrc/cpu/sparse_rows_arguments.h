@@ -2,21 +2,15 @@
 // thrown by a thread
 #pragma once
 
+#include "lines.h"
+#include "sparse_arguments.h"
 #include "sparse_rows_loops.h"
-
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 namespace apical {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 Matrix matrix_of(const Tensor& tensor, const char* name, const Tensor& like) {
-  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float ||
-                      tensor.scalar_type() == ScalarType::BFloat16,
-                  name, " must be float32 or bfloat16");
+  element_size(tensor, name);
   STD_TORCH_CHECK(tensor.scalar_type() == like.scalar_type(), name,
                   " must have the dtype of input");
   STD_TORCH_CHECK(tensor.dim() == 2 && (tensor.size(1) <= 1 || tensor.stride(1) == 1), name,
@@ -31,13 +25,6 @@ Matrix matrix_of(const Tensor& tensor, const char* name, const Tensor& like) {
 SparseJob job_of(const Tensor& left, const char* name, const Tensor& input) {
   const Matrix right = matrix_of(input, "input", input);
   return {matrix_of(left, name, input), right, nullptr, nullptr};
-}
-
-const int32_t* integers(const Tensor& tensor, const char* name) {
-  STD_TORCH_CHECK(tensor.dim() == 1 && tensor.is_contiguous() &&
-                      tensor.scalar_type() == ScalarType::Int,
-                  name, " must be a contiguous vector of int32");
-  return static_cast<const int32_t*>(tensor.const_data_ptr());
 }
 
 // of (rows, size); which columns there are is checked where they are read

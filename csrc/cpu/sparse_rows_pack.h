@@ -1,54 +1,8 @@
 // activations from rows in memory to columns in scratch, and back: once per instruction set
+#include "vector_types.h"
 
 namespace apical::ISA {
 namespace {
-
-typedef uint16_t Shorts __attribute__((vector_size(ISA_BYTES / 2)));
-typedef uint32_t Bits __attribute__((vector_size(ISA_BYTES)));
-
-struct Bfloat16 {
-  uint16_t bits;
-};
-
-ISA_TARGET inline Floats widen(const float* from) { return load(from); }
-
-ISA_TARGET inline Floats widen(const Bfloat16* from) {
-  Shorts value;
-  std::memcpy(&value, from, sizeof(value));
-  return (Floats)(__builtin_convertvector(value, Bits) << 16);
-}
-
-ISA_TARGET inline void narrow(float* to, Floats value) { store(to, value); }
-
-// to the nearest, halfway to even
-ISA_TARGET inline void narrow(Bfloat16* to, Floats value) {
-  const Bits bits = (Bits)value, rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-  const Shorts half = __builtin_convertvector(value == value ? rounded : Bits{} + 0x7fc0, Shorts);
-  std::memcpy(to, &half, sizeof(half));
-}
-
-template <int S>
-ISA_TARGET inline void exchange(Floats* x) {
-  Ints low, high;
-  for (int j = 0; j < kLanes; ++j) {
-    low[j] = j & S ? static_cast<int>(kLanes) + j - S : j;
-    high[j] = j & S ? static_cast<int>(kLanes) + j : j + S;
-  }
-  for (int i = 0; i < kLanes; ++i) {
-    if (i & S) continue;
-    const Floats a = x[i], b = x[i + S];
-    x[i] = __builtin_shuffle(a, b, low);
-    x[i + S] = __builtin_shuffle(a, b, high);
-  }
-}
-
-// a square of one vector per row
-ISA_TARGET inline void transpose(Floats* x) {
-  exchange<1>(x);
-  exchange<2>(x);
-  if (kLanes > 4) exchange<kLanes / 2>(x);
-  if (kLanes > 8) exchange<kLanes / 4>(x);
-}
 
 // lines of a matrix to fetch, one by one, while there is something to compute: rows are far apart,
 // the processor does not guess the next ones by itself
@@ -100,7 +54,7 @@ ISA_TARGET void pack(const Rows<T>& from, float* to) {
         source = edge, stride = kLanes;
       }
       Floats x[kLanes];
-      for (int64_t i = 0; i < kLanes; ++i) x[i] = widen(source + i * stride);
+      for (int64_t i = 0; i < kLanes; ++i) x[i] = widen(source + i * stride, kLanes);
       transpose(x);
       for (int64_t i = 0; i < columns; ++i) store(to + (c + i) * kTokens + t, x[i]);
     }
@@ -110,13 +64,8 @@ ISA_TARGET void pack(const Rows<T>& from, float* to) {
 // to += from
 template <class T>
 ISA_TARGET inline void add_row(T* to, const float* from, int64_t size) {
-  int64_t c = 0;
-  for (; c + kLanes <= size; c += kLanes) narrow(to + c, widen(to + c) + load(from + c));
-  if (c == size) return;
-  T edge[kLanes] = {};
-  std::memcpy(edge, to + c, (size - c) * sizeof(T));
-  narrow(edge, widen(edge) + load(from + c));
-  std::memcpy(to + c, edge, (size - c) * sizeof(T));
+  for (int64_t c = 0; c < size; c += kLanes)
+    narrow(to + c, widen(to + c, size - c) + load(from + c), size - c);
 }
 
 // adds packed columns to rows, one row after the other: where rows are a power of two apart, a

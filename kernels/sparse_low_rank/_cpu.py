@@ -59,12 +59,20 @@ def backward(
     if wanted[1]:
         grads[1] = of_hidden.t() @ x
     if wanted[2]:
-        grads[2] = scaled(grad.t(), hidden if hidden.ndim == 2 else x @ a.t(), scale)
+        grads[2] = _of_factor(grad, hidden if hidden.ndim == 2 else x @ a.t(), scale)
     if wanted[3]:
         grads[3] = sparse.sampled(grad, x)
     if wanted[4]:
         grads[4] = grad.sum(0)
     return [part.to(dtype) for part in grads]
+
+
+def _of_factor(grad: Tensor, hidden: Tensor, scale: float) -> Tensor:
+    # (n, R). A transposed left matrix slows the product by up to a quarter (n = 2816); for many
+    # tokens the other order wins even with the copy (2048 x 2816, R = 256: 24.3 to 21.1 ms)
+    if len(hidden) < 8 * hidden.shape[1]:
+        return scaled(grad.t(), hidden, scale)
+    return scaled(hidden.t(), grad, scale).t().contiguous()
 
 
 class _Rows:
@@ -92,18 +100,17 @@ class _Blocks:
     """The same with entries in blocks."""
 
     def __init__(self, index: list[Tensor], block: list[int]) -> None:
-        self.index, self.block = GroupIndex(*index), block
+        found = GroupIndex(*index)
+        self.where = (found.group_starts, found.chunks, *block)
 
     def add_(self, output: Tensor, x: Tensor, values: Tensor) -> None:
-        held = self.index[:2]
-        torch.ops.apical.blocks_add_(output, x, values, *held, *self.block)
+        torch.ops.apical.blocks_add_(output, x, values, *self.where)
 
     def add_transposed_(self, of_input: Tensor, grad: Tensor, values: Tensor) -> None:
-        args = (*self.index, *self.block)
-        torch.ops.apical.blocks_add_transposed_(of_input, grad, values, *args)
+        torch.ops.apical.blocks_add_transposed_(of_input, grad, values, *self.where)
 
     def sampled(self, grad: Tensor, x: Tensor) -> Tensor:
-        return torch.ops.apical.blocks_sampled(grad, x, *self.index[:2], *self.block)
+        return torch.ops.apical.blocks_sampled(grad, x, *self.where)
 
 
 def _sparse(index: list[Tensor], layout: list[int]) -> _Rows | _Blocks:

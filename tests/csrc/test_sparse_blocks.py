@@ -51,7 +51,7 @@ def products(x: Case) -> Results:
     """Return all three; what is added to is kept as it was, with its strides."""
     out, of_input = (t.as_strided_(t.shape, t.stride()) for t in map(copied, (x.out, x.of_input)))
     torch.ops.apical.blocks_add_(out, x.input, x.values, *x.held[:2], *x.block)
-    torch.ops.apical.blocks_add_transposed_(of_input, x.grad, x.values, *x.held, *x.block)
+    torch.ops.apical.blocks_add_transposed_(of_input, x.grad, x.values, *x.held[:2], *x.block)
     of_values = torch.ops.apical.blocks_sampled(x.grad, x.input, *x.held[:2], *x.block)
     return Results(out, of_input, of_values)
 
@@ -229,7 +229,7 @@ def test_what_does_not_fit_is_named(change, message):
 @needs_library
 def test_what_does_not_fit_the_other_two_is_named():
     x, _ = case(5, 256, 96)
-    args = (*x.held, *x.block)
+    args = (*x.held[:2], *x.block)
     with pytest.raises(RuntimeError, match="values must be of the dtype of grad"):
         torch.ops.apical.blocks_add_transposed_(x.of_input, x.grad, x.values.bfloat16(), *args)
     with pytest.raises(RuntimeError, match="input must be of the dtype of grad"):
