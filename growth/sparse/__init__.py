@@ -1,6 +1,7 @@
 """Sparse and low-rank weights: layers in place of nn.Linear, and models converted to them."""
 
 from .convert import replaced, sparsify
+from .files import describe
 from .layers import (
     BlockLinear,
     LowRankLinear,
@@ -34,6 +35,7 @@ __all__ = [
     "SparseLowRank",
     "SparseLowRankLinear",
     "StructuredLinear",
+    "describe",
     "replaced",
     "sparsify",
 ]

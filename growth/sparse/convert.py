@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import re
 from collections import Counter
 from fnmatch import fnmatchcase
 from typing import TypeVar
@@ -10,8 +9,10 @@ from typing import TypeVar
 from torch import nn
 
 from ._dense import is_dense, weight_of
+from ._reads import reader_of
 from .files import write_entry
 from .layers import StructuredLinear
+from .layers._weight import pattern_of
 from .rules import Rule
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -27,7 +28,8 @@ def sparsify(model: Model, rule: Rule) -> Model:
     replaced in all of them. Call it before an optimizer, DDP or FSDP is given the parameters.
 
     If anything is refused, the model is as it was. What was replaced is logged, and
-    `replaced(model)` finds it again.
+    `replaced(model)` finds it again. Experts that are one parameter of three axes are no linear
+    layers: that they stay dense is a warning in the log, unless they are excluded.
 
     Args:
         model: any model; on the meta device too.
@@ -35,8 +37,9 @@ def sparsify(model: Model, rule: Rule) -> Model:
 
     Raises:
         ValueError: a pattern matches nothing, or a layer is already replaced, shares its weight
-            with another module, has hooks, is sharded or quantized, is not finite, or does not
-            allow what the rule says (such as a rank above its size).
+            with another module, has hooks, is sharded or quantized, is not finite, has a weight
+            that the model computes with by itself where the rule makes a masked layer or one with
+            an activation, or does not allow what the rule says (such as a rank above its size).
 
     Source: ours.
     """
@@ -48,13 +51,14 @@ def sparsify(model: Model, rule: Rule) -> Model:
     owners = _owners(model)
     for names, module in targets:
         _check(names[0], module, owners)
-        _converted(names[0], _on_meta(module), rule)
+        _check_readers(model, names, _converted(names[0], _on_meta(module), rule))
     for names, module in targets:
         layer = _converted(names[0], module, rule)
         for name in names:
             model.set_submodule(name, layer)
     write_entry(model, replaced(model), rule)
     _report(model)
+    _report_experts(model, rule)
     return model
 
 
@@ -154,6 +158,15 @@ def _check(name: str, module: nn.Module, owners: dict[nn.Parameter, list[str]]) 
         raise ValueError(f"{name} has a weight with NaN or infinite entries; initialise it first")
 
 
+def _check_readers(model: nn.Module, names: list[str], layer: StructuredLinear) -> None:
+    for name in names:
+        if not layer.readable and (reader := reader_of(model, name)):
+            raise ValueError(
+                f"{name} has a weight that {reader} computes with by itself, which a "
+                f"{type(layer).__name__} cannot follow; pass exclude=({pattern_of(name)!r},)"
+            )
+
+
 def _on_meta(module: nn.Module) -> nn.Module:
     # nothing is allocated: what does not fit is found before anything is replaced
     weight = weight_of(module)
@@ -164,9 +177,11 @@ def _on_meta(module: nn.Module) -> nn.Module:
 
 def _converted(name: str, module: nn.Module, rule: Rule) -> StructuredLinear:
     try:
-        return rule.convert(module, layer_seed(rule.seed, name))
+        layer = rule.convert(module, layer_seed(rule.seed, name))
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
+    layer.path = name
+    return layer
 
 
 def _known(names: list[str]) -> str:
@@ -177,7 +192,7 @@ def _known(names: list[str]) -> str:
 
 def _kinds(names: list[str]) -> Counter[str]:
     """Return names with layer numbers as stars, each with how often it occurs."""
-    return Counter(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) for name in names)
+    return Counter(map(pattern_of, names))
 
 
 def _report(model: nn.Module) -> None:
@@ -189,3 +204,26 @@ def _report(model: nn.Module) -> None:
         dense += layer.in_features * layer.out_features
     share = stored / dense
     logger.info("%d linear layers hold %.3f of their dense weights: %s", len(layers), share, kinds)
+
+
+def _report_experts(model: nn.Module, rule: Rule) -> None:
+    """Say which weights a rule may have meant that are in no layer of their own."""
+    found = {
+        f"{owner}.{name}": parameter.numel()
+        for owner, module in model.named_modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if _is_stack(parameter, module) and _meant(model, [owner, f"{owner}.{name}"], rule)
+    }
+    if found:
+        logger.warning(
+            "%d of %d parameters are matrices stacked in one tensor, such as experts, and stay "
+            "dense: %s; exclude them to say so",
+            *(sum(found.values()), sum(p.numel() for p in model.parameters())),
+            ", ".join(f"{name} ({count})" for name, count in _kinds([*found]).items()),
+        )
+
+
+def _is_stack(parameter: nn.Parameter, module: nn.Module) -> bool:
+    convolution = hasattr(module, "kernel_size")
+    of_ours = _is_replaced(module)
+    return parameter.ndim == 3 and min(parameter.shape) > 1 and not convolution and not of_ours

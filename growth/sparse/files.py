@@ -84,6 +84,31 @@ def set_entry(
     replace_config(model, config)
 
 
+def describe(model: Model) -> Model:
+    """Say in a model's config which layers its parts have that were converted by themselves.
+
+    For a converted model that was put into a larger one: call it before `save_pretrained` of that,
+    and `apical.load` makes the layers anew. `sparsify` of the larger model does the same.
+
+    Args:
+        model: a transformers model; its config is replaced by a copy.
+
+    Raises:
+        ValueError: it has no config, or no layer is replaced.
+
+    Source: ours.
+    """
+    named = model.named_modules(remove_duplicate=False)
+    layers = {name: layer for name, layer in named if isinstance(layer, StructuredLinear)}
+    if not layers or not hasattr(getattr(model, "config", None), "to_json_string"):
+        raise ValueError(f"model is a {type(model).__name__} with {len(layers)} replaced layers; "
+                         "expected a transformers model with some")  # fmt: skip
+    configs = [getattr(module, "config", None) for module in model.modules()]
+    entries = [entry_of(config) for config in {id(config): config for config in configs}.values()]
+    set_entry(model, layers, [rule for entry in entries if entry for rule in entry["rules"]])
+    return model
+
+
 def without_entry(config: Any) -> Any:
     """Return a copy of a config that says nothing of replaced layers."""
     config = copy.copy(config)
@@ -119,6 +144,7 @@ def restore_layers(model: Model) -> Model:
             weight = weight_of(old)
             layer = make_layer(name, arguments, device=weight.device, dtype=weight.dtype)
             made[old] = layer.train(old.training)
+            layer.path = name
         model.set_submodule(name, made[old])
     return model
 
@@ -210,5 +236,6 @@ def _check_found(path: str | Path, found: Mapping[str, Any]) -> None:
             what = key.replace("_keys", "")
             raise ValueError(
                 f"{path} does not hold the model that its config.json says: {name} is {what}"
-                f", as are {len(found[key]) - 1} others; write it again with save_pretrained"
+                f", as are {len(found[key]) - 1} others; write it again with save_pretrained, and "
+                "before it call apical.growth.sparse.describe(model) if a part was converted alone"
             )

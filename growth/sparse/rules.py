@@ -5,8 +5,6 @@ from typing import Literal
 
 from torch import nn
 
-from apical.kernels.sparse_low_rank.support import Kind
-
 from ._dense import weight_of
 from .layers import (
     BlockLinear,
@@ -16,6 +14,9 @@ from .layers import (
     SparseLowRankLinear,
     StructuredLinear,
 )
+
+# explicit positions belong to one layer: no rule can hold them
+Drawn = Literal["uniform", "regular", "grouped", "nm"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +68,7 @@ class SparseLowRank(Rule):
     rank: int | float = 0.25
     density: float = 0.03
     alpha: float = 16.0
-    support: Kind = "uniform"
+    support: Drawn = "uniform"
     block: tuple[int, int] | None = None
     recompute_hidden: bool = False
     init: Literal["project", "sltrain"] = "project"
@@ -127,7 +128,7 @@ class Masked(Rule):
     """
 
     sparsity: float | None = None
-    support: Kind = "uniform"
+    support: Drawn = "uniform"
     block: tuple[int, int] | None = None
     init: Literal["magnitude", "random"] = "magnitude"
 

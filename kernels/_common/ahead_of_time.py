@@ -16,6 +16,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from .triton_launch import options_of
+
 # what tells loads by descriptor (UTMALDG), asynchronous copies (LDGSTS), products of warp groups
 # (HGMMA) and of warps (HMMA) apart; STL and LDL are spills
 INSTRUCTIONS = ("HGMMA", "HMMA", "FFMA", "MUFU", "UTMALDG", "LDGSTS", "STL", "LDL")
@@ -99,12 +101,12 @@ def machine_code(launch: Launch, choice: Any, capability: int) -> Machine:
     """Compile a kernel as its launch would, for sm_80, sm_90 …; no GPU needed.
 
     Args:
-        choice: with ``constants``, more arguments, and ``options`` of the compiler.
+        choice: a ``triton_launch.Choice``; its ``constants`` are more arguments.
     """
     kernel, arguments = launch.kernel, launch.arguments | choice.constants
     source = ASTSource(kernel, *_specialization(kernel, arguments))
     target = GPUTarget("cuda", capability, 32)
-    found = triton.compile(source, target=target, options=choice.options)
+    found = triton.compile(source, target=target, options=options_of(choice))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(found.asm["cubin"])

@@ -21,6 +21,16 @@ class Choice(Protocol):
     """How a kernel is compiled."""
 
     @property
+    def warps(self) -> int:
+        """Of a program."""
+        ...
+
+    @property
+    def stages(self) -> int:
+        """Blocks that are loaded ahead, and the one that is multiplied."""
+        ...
+
+    @property
     def spills(self) -> int:
         """Registers that may be spilled."""
         ...
@@ -30,10 +40,11 @@ class Choice(Protocol):
         """What the kernel itself is told."""
         ...
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """What the compiler is told."""
-        ...
+
+def options_of(choice: Choice) -> dict[str, Any]:
+    """Return what the compiler is told."""
+    # fusion is to become an option that is off by default (Triton 3.10)
+    return {"num_warps": choice.warps, "num_stages": choice.stages, "enable_fp_fusion": True}
 
 
 @functools.cache
@@ -91,7 +102,7 @@ def _launch(
         if key not in _PICKED:
             _PICKED[key] = _pick(kernel, grid, arguments, choices)
         choices = [_PICKED[key]]
-    kernel[grid](**arguments, **choices[0].constants, **choices[0].options)
+    kernel[grid](**arguments, **choices[0].constants, **options_of(choices[0]))
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
@@ -107,7 +118,8 @@ def _pick(
     errors: list[Exception] = []
     for i, choice in enumerate(choices):
         try:
-            found = kernel.warmup(grid=grid, **arguments, **choice.constants, **choice.options)
+            named = arguments | choice.constants | options_of(choice)
+            found = kernel.warmup(grid=grid, **named)
             # loading shows whether it fits
             found._init_handles()
         except (TritonError, RuntimeError) as error:

@@ -3,7 +3,7 @@
 # what triton.jit makes of a function is not what a type checker reads
 # pyright: reportArgumentType=false, reportOperatorIssue=false
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -16,7 +16,8 @@ GROUP = tl.constexpr(8)
 class Tiles(NamedTuple):
     """How a product is compiled: tiles, and how they are loaded."""
 
-    tma: bool  # descriptors of the tensor memory accelerator, else pointers
+    # descriptors of the tensor memory accelerator, else pointers; None: the kernel has no choice
+    tma: bool | None
     rows: int  # of a tile of the result
     columns: int
     depth: int  # of the blocks that are multiplied
@@ -27,23 +28,15 @@ class Tiles(NamedTuple):
     @property
     def constants(self) -> dict[str, int | bool]:
         """What the kernel itself is told."""
-        return {
-            "TMA": self.tma,
-            "BLOCK_M": self.rows,
-            "BLOCK_N": self.columns,
-            "BLOCK_K": self.depth,
-        }
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """What the compiler is told."""
-        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+        loads = {} if self.tma is None else {"TMA": self.tma}
+        return {**loads, "BLOCK_M": self.rows, "BLOCK_N": self.columns, "BLOCK_K": self.depth}
 
 
 def fits_tma(x: Tensor) -> bool:
-    """Return whether a descriptor can address the matrix x: rows begin at multiples of 16 bytes."""
-    row = x.stride(0) * x.element_size()
-    return x.stride(1) == 1 and row > 0 and not (row % 16 or x.data_ptr() % 16)
+    """Return whether a descriptor can address x: rows are whole, at multiples of 16 bytes."""
+    *steps, last = x.stride()
+    places = [x.data_ptr(), *(step * x.element_size() for step in steps)]
+    return last == 1 and steps[0] > 0 and not any(place % 16 for place in places)
 
 
 @triton.jit
@@ -56,8 +49,40 @@ def place(i, rows, columns):
 
 
 @triton.jit
+def matrix(
+    ptr, rows, columns, stride, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, TMA: tl.constexpr
+):
+    """Return what `block_at` loads blocks of HEIGHT x WIDTH from: a descriptor, or the pointer."""
+    if TMA:
+        ptr = tl.make_tensor_descriptor(ptr, [rows, columns], [stride, 1], [HEIGHT, WIDTH])
+    return ptr
+
+
+@triton.jit
+def block_at(
+    x, row, column, rows, columns, stride,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Return the block of a `matrix` that begins at (row, column), zeros past the matrix."""
+    if TMA:
+        block = x.load([row, column])
+    else:
+        o_rows, o_columns = row + tl.arange(0, HEIGHT), column + tl.arange(0, WIDTH)
+        block = load_block(x, o_rows, rows, o_columns, columns, stride)
+    return block
+
+
+@triton.jit
 def load_block(ptr, o_rows, rows, o_columns, columns, stride):
     """Return a block of a matrix, zeros past its last row and column."""
     m_block = (o_rows[:, None] < rows) & (o_columns[None, :] < columns)
     o_block = o_rows.to(tl.int64)[:, None] * stride + o_columns[None, :]
     return tl.load(ptr + o_block, mask=m_block, other=0.0)
+
+
+@triton.jit
+def store_block(ptr, block, o_rows, rows, o_columns, columns, stride):
+    """Write a block of a matrix, nothing past its last row and column."""
+    m_block = (o_rows[:, None] < rows) & (o_columns[None, :] < columns)
+    o_block = o_rows.to(tl.int64)[:, None] * stride + o_columns[None, :]
+    tl.store(ptr + o_block, block.to(ptr.dtype.element_ty), mask=m_block)

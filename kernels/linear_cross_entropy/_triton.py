@@ -1,17 +1,16 @@
 """The loss on NVIDIA GPUs: which calls the Triton kernels take, and both passes."""
 
-import functools
-import importlib.util
-
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+from .._common.triton_device import runs_triton
 
 
 def takes(input: Tensor, linear_weight: Tensor) -> bool:  # noqa: A002
     """Return whether the kernels can compute this loss: both in one half precision, on a GPU."""
     half = input.dtype in (torch.bfloat16, torch.float16) and linear_weight.dtype == input.dtype
-    return half and linear_weight.is_cuda and input.is_cuda and _runs_on(input.device)
+    return half and linear_weight.is_cuda and runs_triton(input.device)
 
 
 def forward(
@@ -91,11 +90,3 @@ def _widened(input: Tensor, linear_weight: Tensor) -> tuple[Tensor, Tensor]:  # 
 
 def _narrowed(grad: Tensor, H: int) -> Tensor:
     return grad if grad.ndim < 2 or grad.shape[1] == H else grad[:, :H].contiguous()
-
-
-@functools.cache
-def _runs_on(device: torch.device) -> bool:
-    if torch.version.cuda is None or importlib.util.find_spec("triton") is None:
-        return False
-    # bfloat16 and asynchronous copies begin there
-    return torch.cuda.get_device_capability(device) >= (8, 0)

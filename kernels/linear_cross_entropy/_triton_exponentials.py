@@ -7,8 +7,8 @@
 import triton
 import triton.language as tl
 
-from .._common.triton_tiles import load_block, place
-from ._triton_tiles import LOG2E, Configuration, capped, rows_here
+from .._common.triton_tiles import block_at, matrix, place
+from ._triton_tiles import LOG2E, Configuration, capped, halves, rows_here
 
 
 @triton.jit
@@ -133,27 +133,20 @@ def exponentials_kernel(
     column_tiles = tl.cdiv(V, BLOCK_N)
     GRADIENT: tl.constexpr = push_ptr is not None
     out = None
-    if TMA:
-        x_rows = tl.make_tensor_descriptor(x_ptr, [C, H], [stride_x, 1], [BLOCK_M, BLOCK_K])
-        w_rows = tl.make_tensor_descriptor(w_ptr, [V, H], [stride_w, 1], [BLOCK_N, BLOCK_K])
-        if out_ptr is not None:
-            out = tl.make_tensor_descriptor(out_ptr, [C, V], [stride_out, 1], [BLOCK_M, PIECE])
+    x = matrix(x_ptr, C, H, stride_x, BLOCK_M, BLOCK_K, TMA)
+    w = matrix(w_ptr, V, H, stride_w, BLOCK_N, BLOCK_K, TMA)
+    if out_ptr is not None:
+        out = matrix(out_ptr, C, V, stride_out, BLOCK_M, PIECE, TMA)
     # a tile's first blocks are loaded while the one before it is finished
     for i in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=True):
         i_row, i_column = place(i, row_tiles, column_tiles)
         if again_ptr is not None:
             i_row = tl.load(again_ptr + i_row).to(tl.int32)
         o_rows = i_row * BLOCK_M + tl.arange(0, BLOCK_M)
-        o_columns = i_column * BLOCK_N + tl.arange(0, BLOCK_N)
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for k in range(0, H, BLOCK_K):
-            if TMA:
-                b_x = x_rows.load([i_row * BLOCK_M, k])
-                b_w = w_rows.load([i_column * BLOCK_N, k])
-            else:
-                o_k = k + tl.arange(0, BLOCK_K)
-                b_x = load_block(x_ptr, o_rows, C, o_k, H, stride_x)
-                b_w = load_block(w_ptr, o_columns, V, o_k, H, stride_w)
+            b_x = block_at(x, i_row * BLOCK_M, k, C, H, stride_x, BLOCK_M, BLOCK_K, TMA)
+            b_w = block_at(w, i_column * BLOCK_N, k, V, H, stride_w, BLOCK_N, BLOCK_K, TMA)
             acc = tl.dot(b_x, b_w.T, acc, input_precision="ieee")
 
         m_rows = o_rows < here
@@ -167,8 +160,7 @@ def exponentials_kernel(
         PARTS: tl.constexpr = BLOCK_N // PIECE
         # in pieces: a whole tile of exponentials beside its logits would not fit the registers
         if PARTS == 2:
-            halves = tl.permute(tl.reshape(acc, [BLOCK_M, 2, PIECE]), [0, 2, 1])
-            left, right = tl.split(halves)
+            left, right = halves(acc)
         else:
             left = acc
         leave(

@@ -7,8 +7,8 @@
 import triton
 import triton.language as tl
 
-from .._common.triton_tiles import load_block, place
-from ._triton_tiles import Configuration, rows_here
+from .._common.triton_tiles import block_at, load_block, matrix, place
+from ._triton_tiles import Configuration, halves, rows_here
 
 
 @triton.jit
@@ -86,9 +86,8 @@ def input_kernel(
     """
     here = rows_here(count_ptr, first, C)
     row_tiles, column_tiles = tl.cdiv(here, BLOCK_M), tl.cdiv(H, BLOCK_N)
-    if TMA:
-        e_rows = tl.make_tensor_descriptor(e_ptr, [C, V], [stride_e, 1], [BLOCK_M, BLOCK_K])
-        w_rows = tl.make_tensor_descriptor(w_ptr, [V, H], [stride_w, 1], [BLOCK_K, BLOCK_N])
+    e = matrix(e_ptr, C, V, stride_e, BLOCK_M, BLOCK_K, TMA)
+    w = matrix(w_ptr, V, H, stride_w, BLOCK_K, BLOCK_N, TMA)
     for i in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=True):
         i_row, i_column = place(i, row_tiles, column_tiles)
         o_rows = i_row * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -101,20 +100,13 @@ def input_kernel(
             k = step
             if kept_ptr is not None:
                 k = listed(kept_ptr + i_row * stride_kept, step, KEPT)
-            if TMA:
-                b_e = e_rows.load([i_row * BLOCK_M, k])
-                b_w = w_rows.load([k, i_column * BLOCK_N])
-            else:
-                o_k = k + tl.arange(0, BLOCK_K)
-                o_columns = i_column * BLOCK_N + tl.arange(0, BLOCK_N)
-                b_e = load_block(e_ptr, o_rows, C, o_k, V, stride_e)
-                b_w = load_block(w_ptr, o_k, V, o_columns, H, stride_w)
+            b_e = block_at(e, i_row * BLOCK_M, k, C, V, stride_e, BLOCK_M, BLOCK_K, TMA)
+            b_w = block_at(w, k, i_column * BLOCK_N, V, H, stride_w, BLOCK_K, BLOCK_N, TMA)
             acc = tl.dot(b_e, b_w.to(b_e.dtype), acc, input_precision=PRECISION)
 
         if BLOCK_N == 256:
             # in halves: to store a whole tile takes more shared memory than the loads leave
-            halves = tl.permute(tl.reshape(acc, [BLOCK_M, 2, 128]), [0, 2, 1])
-            left, right = tl.split(halves)
+            left, right = halves(acc)
             leave(
                 left, i_column * 2, out_ptr, order_ptr, factor_ptr, token_ptr, dense_ptr, o_rows,
                 here, H, stride_out, scale, ADD, 128,
@@ -173,14 +165,12 @@ def weight_kernel(
     tiles = row_tiles * column_tiles
     if ADD:
         tiles = tl.where(here > 0, tiles, 0)
-    if TMA:
-        e_rows = tl.make_tensor_descriptor(e_ptr, [C, V], [stride_e, 1], [BLOCK_K, BLOCK_M])
-        x_rows = tl.make_tensor_descriptor(x_ptr, [C, H], [stride_x, 1], [BLOCK_K, BLOCK_N])
+    e = matrix(e_ptr, C, V, stride_e, BLOCK_K, BLOCK_M, TMA)
+    x = matrix(x_ptr, C, H, stride_x, BLOCK_K, BLOCK_N, TMA)
     # not flattened: there may be no rows, and then the inner loop does not run
     for i in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
         i_row, i_column = place(i, row_tiles, column_tiles)
         o_rows = i_row * BLOCK_M + tl.arange(0, BLOCK_M)
-        o_columns = i_column * BLOCK_N + tl.arange(0, BLOCK_N)
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         end = here
         if kept_ptr is not None:
@@ -191,18 +181,17 @@ def weight_kernel(
                 k = listed(kept_ptr + i_row * stride_kept, step, KEPT)
             # rows from `here` on are zeros to the end of the tile, in both
             if TMA:
-                b_e = e_rows.load([k, i_row * BLOCK_M]).T
-                b_x = x_rows.load([k, i_column * BLOCK_N])
+                b_e = e.load([k, i_row * BLOCK_M]).T
             else:
+                # by its addresses: what is turned after its load is not copied ahead on sm_80
                 o_k = k + tl.arange(0, BLOCK_K)
                 m_e = (o_rows[:, None] < V) & (o_k[None, :] < C)
                 o_e = o_k.to(tl.int64)[None, :] * stride_e + o_rows[:, None]
                 b_e = tl.load(e_ptr + o_e, mask=m_e, other=0.0)
-                b_x = load_block(x_ptr, o_k, C, o_columns, H, stride_x)
+            b_x = block_at(x, k, i_column * BLOCK_N, C, H, stride_x, BLOCK_K, BLOCK_N, TMA)
             acc = tl.dot(b_e, b_x.to(b_e.dtype), acc, input_precision=PRECISION)
         if BLOCK_N == 256:
-            halves = tl.permute(tl.reshape(acc, [BLOCK_M, 2, 128]), [0, 2, 1])
-            left, right = tl.split(halves)
+            left, right = halves(acc)
             leave_sum(left, i_column * 2, out_ptr, o_rows, V, H, stride_out, ADD, 128)
             leave_sum(right, i_column * 2 + 1, out_ptr, o_rows, V, H, stride_out, ADD, 128)
         else:

@@ -1,6 +1,6 @@
 """What the Triton kernels of the loss share: configurations, counts and logits."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -26,16 +26,12 @@ class Fixed(NamedTuple):
 
     warps: int
     spills: int = 0
+    stages: int = 2
 
     @property
     def constants(self) -> dict[str, int]:
         """Nothing: its blocks follow from the shapes."""
         return {}
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """What the compiler is told."""
-        return {"num_warps": self.warps, "num_stages": 2, "enable_fp_fusion": True}
 
 
 @triton.jit
@@ -50,3 +46,10 @@ def capped(s, cap):
     small = tl.exp2(tl.abs(s) * (-2.0 * LOG2E / cap))
     z = cap * (1.0 - small) / (1.0 + small)
     return tl.where(s < 0.0, -z, z), 4.0 * small / ((1.0 + small) * (1.0 + small))
+
+
+@triton.jit
+def halves(acc):
+    """Return the left and the right half of a tile: to leave it whole takes too much memory."""
+    pair = tl.reshape(acc, [acc.shape[0], 2, acc.shape[1] // 2])
+    return tl.split(tl.permute(pair, [0, 2, 1]))

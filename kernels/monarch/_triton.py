@@ -3,17 +3,16 @@
 In memory hidden is (T, k, r, j): what a run writes and what a comb reads are both rows of j.
 """
 
-import functools
-import importlib.util
-
 import torch
 from torch import Tensor
+
+from .._common.triton_device import runs_triton
 
 
 def takes(input: Tensor) -> bool:  # noqa: A002
     """Return whether the kernel can compute this product."""
     known = input.dtype in (torch.bfloat16, torch.float16, torch.float32)
-    return known and _runs_on(input.device)
+    return known and runs_triton(input.device)
 
 
 def forward(
@@ -116,12 +115,3 @@ def _hidden(hidden: Tensor, first: Tensor, combs: int) -> Tensor:
 def _by_comb(hidden: Tensor, combs: int) -> Tensor:
     """View (T, k r j) as (k, T, r j)."""
     return hidden.view(len(hidden), combs, -1).transpose(0, 1)
-
-
-@functools.cache
-def _runs_on(device: torch.device) -> bool:
-    if device.type != "cuda" or torch.version.cuda is None:
-        return False
-    # bfloat16 and asynchronous copies begin there
-    enough = torch.cuda.get_device_capability(device) >= (8, 0)
-    return enough and importlib.util.find_spec("triton") is not None

@@ -7,8 +7,7 @@
 import triton
 import triton.language as tl
 
-# row tiles that share their columns in the second-level cache
-GROUP = tl.constexpr(8)
+from .._common.triton_tiles import place
 
 
 @triton.jit
@@ -77,15 +76,6 @@ def product_kernel(
     m_out = (o_m[:, None] < M) & (o_n[None, :] < N)
     out_ptr += b * stride_out_b
     tl.store(out_ptr + o_out, acc.to(out_ptr.dtype.element_ty), mask=m_out)
-
-
-@triton.jit
-def place(i, rows, columns):
-    """Return (row, column) of the i-th tile: GROUP rows at a time, rows fastest."""
-    per_group = GROUP * columns
-    first = i // per_group * GROUP
-    size = tl.minimum(rows - first, GROUP)
-    return first + i % per_group % size, i % per_group // size
 
 
 @triton.jit

@@ -1,37 +1,17 @@
 """Launching the product's kernel: which axes are two, tiles, arguments."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
 from .._common.triton_launch import capability, compiled_by, launch
+from .._common.triton_tiles import Tiles
 from ._triton_kernel import product_kernel
 
 
-class Configuration(NamedTuple):
-    """How a kernel is compiled."""
-
-    rows: int  # of a tile of the result
-    columns: int
-    depth: int  # of the blocks that are multiplied
-    warps: int
-    stages: int
-    spills: int = 0
-
-    @property
-    def constants(self) -> dict[str, int]:
-        """What the kernel itself is told."""
-        return {"BLOCK_M": self.rows, "BLOCK_N": self.columns, "BLOCK_K": self.depth}
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """What the compiler is told."""
-        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
-
-
-def configurations(major: int, itemsize: int) -> list[Configuration]:
+def configurations(major: int, itemsize: int) -> list[Tiles]:
     """Return the ways to compile a product, the best first; all cut the result alike.
 
     Not tuned on a GPU: the largest tiles without spills on sm_80 and sm_90.
@@ -41,9 +21,9 @@ def configurations(major: int, itemsize: int) -> list[Configuration]:
         itemsize: bytes of an element; 4 are multiplied without tensor cores.
     """
     if itemsize == 4:
-        return [Configuration(64, 64, 16, 4, stages) for stages in (3, 2)]
+        return [Tiles(None, 64, 64, 16, 4, stages) for stages in (3, 2)]
     depth, warps = (64, 8) if major >= 9 else (32, 8)
-    return [Configuration(128, 128, depth, warps, stages) for stages in (4, 3, 2)]
+    return [Tiles(None, 128, 128, depth, warps, stages) for stages in (4, 3, 2)]
 
 
 def product(out: Tensor, left: Tensor, right: Tensor, bias: Tensor | None = None) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from .._common.triton_device import runs_triton
 from ._scaled import scaled
 
 if TYPE_CHECKING:
@@ -22,7 +21,7 @@ def takes(input: Tensor, layout: list[int]) -> bool:  # noqa: A002
         layout: kind (1: blocks), out_features, in_features, rows and columns of a block.
     """
     known = input.dtype in (torch.bfloat16, torch.float16, torch.float32)
-    return known and layout[0] == 1 and layout[3] % 16 == 0 and _runs_on(input.device)
+    return known and layout[0] == 1 and layout[3] % 16 == 0 and runs_triton(input.device)
 
 
 def forward(
@@ -110,12 +109,3 @@ def _blocks(index: list[Tensor], layout: list[int]) -> Blocks:
 
 def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-@functools.cache
-def _runs_on(device: torch.device) -> bool:
-    if device.type != "cuda" or torch.version.cuda is None:
-        return False
-    # bfloat16 and asynchronous copies begin there
-    enough = torch.cuda.get_device_capability(device) >= (8, 0)
-    return enough and importlib.util.find_spec("triton") is not None

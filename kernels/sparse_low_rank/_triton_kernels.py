@@ -7,7 +7,7 @@
 import triton
 import triton.language as tl
 
-from .._common.triton_tiles import load_block, place
+from .._common.triton_tiles import block_at, load_block, matrix, place, store_block
 from ._triton_tiles import columns_of, height_of
 
 
@@ -45,19 +45,11 @@ def forward_kernel(
     o_rows = i_row * BLOCK_M + tl.arange(0, BLOCK_M)
     o_columns = i_column * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    if TMA:
-        hidden = tl.make_tensor_descriptor(
-            hidden_ptr, [T, R], [stride_hidden, 1], [BLOCK_M, BLOCK_K]
-        )
-        b = tl.make_tensor_descriptor(b_ptr, [N, R], [stride_b, 1], [BLOCK_N, BLOCK_K])
+    hidden = matrix(hidden_ptr, T, R, stride_hidden, BLOCK_M, BLOCK_K, TMA)
+    b = matrix(b_ptr, N, R, stride_b, BLOCK_N, BLOCK_K, TMA)
     for k in range(0, R, BLOCK_K):
-        if TMA:
-            b_hidden = hidden.load([i_row * BLOCK_M, k])
-            b_b = b.load([i_column * BLOCK_N, k])
-        else:
-            o_k = k + tl.arange(0, BLOCK_K)
-            b_hidden = load_block(hidden_ptr, o_rows, T, o_k, R, stride_hidden)
-            b_b = load_block(b_ptr, o_columns, N, o_k, R, stride_b)
+        b_hidden = block_at(hidden, i_row * BLOCK_M, k, T, R, stride_hidden, BLOCK_M, BLOCK_K, TMA)
+        b_b = block_at(b, i_column * BLOCK_N, k, N, R, stride_b, BLOCK_N, BLOCK_K, TMA)
         acc = tl.dot(b_hidden, b_b.T, acc, input_precision=PRECISION)
     acc *= scale
 
@@ -79,9 +71,7 @@ def forward_kernel(
 
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + o_columns, mask=o_columns < N, other=0.0).to(tl.float32)[None, :]
-    m_out = (o_rows[:, None] < T) & (o_columns[None, :] < N)
-    o_out = o_rows.to(tl.int64)[:, None] * stride_out + o_columns[None, :]
-    tl.store(out_ptr + o_out, acc.to(out_ptr.dtype.element_ty), mask=m_out)
+    store_block(out_ptr, acc, o_rows, T, o_columns, N, stride_out)
 
 
 @triton.jit
@@ -119,20 +109,12 @@ def input_kernel(
     o_rows = i_row * BLOCK_M + tl.arange(0, BLOCK_M)
     o_columns = i_column * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    if TMA:
-        hidden = tl.make_tensor_descriptor(
-            hidden_ptr, [T, R], [stride_hidden, 1], [BLOCK_M, BLOCK_K]
-        )
-        a = tl.make_tensor_descriptor(a_ptr, [R, M], [stride_a, 1], [BLOCK_K, BLOCK_N])
-        grad = tl.make_tensor_descriptor(grad_ptr, [T, N], [stride_grad, 1], [BLOCK_M, BLOCK_K])
+    hidden = matrix(hidden_ptr, T, R, stride_hidden, BLOCK_M, BLOCK_K, TMA)
+    a = matrix(a_ptr, R, M, stride_a, BLOCK_K, BLOCK_N, TMA)
+    grad = matrix(grad_ptr, T, N, stride_grad, BLOCK_M, BLOCK_K, TMA)
     for k in range(0, R, BLOCK_K):
-        if TMA:
-            b_hidden = hidden.load([i_row * BLOCK_M, k])
-            b_a = a.load([k, i_column * BLOCK_N])
-        else:
-            o_k = k + tl.arange(0, BLOCK_K)
-            b_hidden = load_block(hidden_ptr, o_rows, T, o_k, R, stride_hidden)
-            b_a = load_block(a_ptr, o_k, R, o_columns, M, stride_a)
+        b_hidden = block_at(hidden, i_row * BLOCK_M, k, T, R, stride_hidden, BLOCK_M, BLOCK_K, TMA)
+        b_a = block_at(a, k, i_column * BLOCK_N, R, M, stride_a, BLOCK_K, BLOCK_N, TMA)
         acc = tl.dot(b_hidden, b_a, acc, input_precision=PRECISION)
     acc *= scale
 
@@ -145,11 +127,9 @@ def input_kernel(
     STEPS: tl.constexpr = ROWS // BLOCK_K
     for step in range(begin * STEPS, end * STEPS):
         i_block, group = tl.load(order_ptr + step // STEPS), tl.load(groups_ptr + step // STEPS)
-        o_k = step % STEPS * BLOCK_K + tl.arange(0, BLOCK_K)
-        if TMA:
-            b_grad = grad.load([i_row * BLOCK_M, group * ROWS + step % STEPS * BLOCK_K])
-        else:
-            b_grad = load_block(grad_ptr, o_rows, T, group * ROWS + o_k, N, stride_grad)
+        k = step % STEPS * BLOCK_K
+        o_k, at = k + tl.arange(0, BLOCK_K), group * ROWS + k
+        b_grad = block_at(grad, i_row * BLOCK_M, at, T, N, stride_grad, BLOCK_M, BLOCK_K, TMA)
         height = height_of(group, N, ROWS, EVEN)
         first = tl.load(starts_ptr + group).to(tl.int64)
         o_values = first * (ROWS * COLUMNS) + (i_block - first) * COLUMNS * height
@@ -159,9 +139,7 @@ def input_kernel(
         b_values = tl.load(values_ptr + o_block, mask=m_values, other=0.0)
         acc = tl.dot(b_grad, b_values.T, acc, input_precision=PRECISION)
 
-    m_out = (o_rows[:, None] < T) & (o_columns[None, :] < M)
-    o_out = o_rows.to(tl.int64)[:, None] * stride_out + o_columns[None, :]
-    tl.store(out_ptr + o_out, acc.to(out_ptr.dtype.element_ty), mask=m_out)
+    store_block(out_ptr, acc, o_rows, T, o_columns, M, stride_out)
 
 
 @triton.jit
@@ -203,8 +181,7 @@ def values_kernel(
     o_rows = i_row * BLOCK_N + tl.arange(0, BLOCK_N)
     end = tl.minimum((i_part + 1) * span, T)
     out_ptr += i_part.to(tl.int64) * S + first.to(tl.int64) * (ROWS * COLUMNS)
-    if TMA:
-        grad = tl.make_tensor_descriptor(grad_ptr, [T, N], [stride_grad, 1], [BLOCK_K, BLOCK_N])
+    grad = matrix(grad_ptr, T, N, stride_grad, BLOCK_K, BLOCK_N, TMA)
     # once, unless groups differ by more than a tile
     for k in range(i % across * BLOCK_M, size, across * BLOCK_M):
         o_k = k + tl.arange(0, BLOCK_M)
@@ -215,12 +192,6 @@ def values_kernel(
             m_x = (o_t[:, None] < end) & (o_k[None, :] < size)
             o_block = o_t.to(tl.int64)[:, None] * stride_x + o_x[None, :]
             b_x = tl.load(x_ptr + o_block, mask=m_x, other=0.0)
-            if TMA:
-                b_grad = grad.load([t, i_row * BLOCK_N])
-            else:
-                b_grad = load_block(grad_ptr, o_t, end, o_rows, N, stride_grad)
+            b_grad = block_at(grad, t, i_row * BLOCK_N, end, N, stride_grad, BLOCK_K, BLOCK_N, TMA)
             acc = tl.dot(b_x.T, b_grad, acc, input_precision=PRECISION)
-        o_inside = o_rows - group * ROWS
-        m_out = (o_k[:, None] < size) & (o_inside[None, :] < height)
-        o_out = o_k.to(tl.int64)[:, None] * height + o_inside[None, :]
-        tl.store(out_ptr + o_out, acc.to(out_ptr.dtype.element_ty), mask=m_out)
+        store_block(out_ptr, acc, o_k, size, o_rows - group * ROWS, height, height)

@@ -1,11 +1,9 @@
 """The Triton kernels of NVIDIA GPUs: which calls they take, and both passes."""
 
-import functools
-import importlib.util
-
 import torch
 from torch import Tensor
 
+from .._common.triton_device import runs_triton
 from ._layout import PackedLayout
 from ._rules import Rules
 
@@ -20,7 +18,7 @@ def takes(q: Tensor, v: Tensor, rules: Rules) -> bool:
     """
     known = q.dtype in (torch.bfloat16, torch.float16, torch.float32)
     fits = 0 < q.shape[-1] <= LARGEST_HEAD and v.shape[-1] <= LARGEST_HEAD
-    return known and fits and q.is_cuda and _runs_on(q.device)
+    return known and fits and runs_triton(q.device)
 
 
 def forward(
@@ -48,11 +46,3 @@ def backward(
 
     here = layout.to(q.device)
     return _triton_backward.backward(grad_out, grad_lse, q, k, v, out, lse, here, rules)
-
-
-@functools.cache
-def _runs_on(device: torch.device) -> bool:
-    if torch.version.cuda is None or importlib.util.find_spec("triton") is None:
-        return False
-    # bfloat16 and asynchronous copies begin there
-    return torch.cuda.get_device_capability(device) >= (8, 0)

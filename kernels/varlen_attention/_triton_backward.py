@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._common.triton_launch import capability, compiled_by, launch
+from .._common.triton_tiles import fits_tma
 from ._layout import PackedLayout
 from ._rules import Rules
 from ._tiles import Tiles
@@ -18,7 +19,7 @@ from ._triton_backward_keys import configurations as configurations_keys
 from ._triton_backward_queries import backward_queries_kernel
 from ._triton_backward_queries import configurations as configurations_queries
 from ._triton_forward import arguments_of
-from ._triton_launch import Configuration, fits_tma, rows_of
+from ._triton_launch import Configuration, rows_of
 
 # transforms that take more registers than the widest tiles leave
 _HEAVY = ("softplus", "power")

@@ -14,10 +14,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .._common.triton_launch import capability, compiled_by, launch
+from .._common.triton_tiles import fits_tma
 from ._layout import PackedLayout
 from ._rules import Rules
 from ._tiles import Tiles
-from ._triton_launch import Configuration, fits_tma, padded, rows_of
+from ._triton_launch import Configuration, padded, rows_of
 from ._triton_rules import (
     LN2,
     LOG2E,

@@ -27,12 +27,6 @@ class Configuration(NamedTuple):
             "BLOCK_K": self.keys,
         }
 
-    @property
-    def options(self) -> dict[str, int]:
-        """What the compiler is told."""
-        # fusion is to become an option that is off by default (Triton 3.10)
-        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
-
 
 def padded(size: int) -> int:
     """Return the columns of the block that holds a head: a power of 2 that matrix units take."""
@@ -42,9 +36,3 @@ def padded(size: int) -> int:
 def rows_of(x: Tensor) -> Tensor:
     """Return x, copied only if its last dimension is not contiguous."""
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
-
-
-def fits_tma(x: Tensor) -> bool:
-    """Return whether descriptors can address x (T, H, D): all strides are 16 bytes' multiples."""
-    token, head, _ = (stride * x.element_size() for stride in x.stride())
-    return token > 0 and not (token % 16 or head % 16 or x.data_ptr() % 16)

@@ -1,26 +1,22 @@
 """What the Triton kernels of the loss become on sm_80 and sm_90: compiled here, run nowhere."""
 
-import os
 from typing import Any
 
 import pytest
 import torch
 
 from apical.kernels._common.ahead_of_time import (
-    SHARED,
     Launch,
     Machine,
-    machine_code,
     recorded,
 )
 from apical.kernels.linear_cross_entropy import _triton, _triton_launch
 from apical.kernels.linear_cross_entropy._rules import Rules
 
 from .linear_cross_entropy_definition import PLAIN
+from .machine_code import best, needs_compiler
 
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"
-)
+pytestmark = needs_compiler
 
 CAPPED = PLAIN._replace(softcap=30.0, z_loss=1e-4)
 SMOOTH = PLAIN._replace(smoothing=0.1)
@@ -66,14 +62,6 @@ def launches(
         else:
             _triton.forward(*args, meta(tokens), *rules, *wanted, filtered=filtered)
     return found
-
-
-def best(launch: Launch, capability: int) -> Machine:
-    """Return the machine code of the first choice; it fits, and nothing spills."""
-    machine = machine_code(launch, launch.choices[0], capability)
-    assert machine.stack == machine.instructions["STL"] == machine.instructions["LDL"] == 0
-    assert machine.shared <= SHARED[capability]
-    return machine
 
 
 def first(found: list[Launch], name: str) -> Launch:

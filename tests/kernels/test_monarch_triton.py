@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
+from apical.kernels._common.triton_tiles import Tiles
 from apical.kernels.monarch import _triton, _triton_launch
-from apical.kernels.monarch._triton_launch import Configuration
 
 from .linear_cross_entropy_interpreted import (
     INTERPRETED,
@@ -26,7 +26,7 @@ NAMES = "input", "first", "second", "bias"
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of which even these shapes have several."""
-    few = [Configuration(16, 16, 16, 4, 2)]
+    few = [Tiles(None, 16, 16, 16, 4, 2)]
     monkeypatch.setattr(_triton_launch, "configurations", lambda *_: few)
 
 

@@ -1,17 +1,15 @@
 """What the Triton kernel of Monarch becomes on sm_80 and sm_90: compiled here, run nowhere."""
 
-import os
-
 import pytest
 import torch
 from torch import Tensor
 
-from apical.kernels._common.ahead_of_time import SHARED, Launch, Machine, machine_code, recorded
+from apical.kernels._common.ahead_of_time import Launch, recorded
 from apical.kernels.monarch import _triton, _triton_launch
 
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"
-)
+from .machine_code import best, needs_compiler
+
+pytestmark = needs_compiler
 
 # in the order of their launch
 NAMES = "first", "second", "second's gradient", "hidden's", "input's", "first's"
@@ -38,14 +36,6 @@ def launches(
         out, hidden = _triton.forward(x, first, second, bias, True)
         _triton.backward(out, x, first, second, hidden, [True] * 4)
     return dict(zip(NAMES, found, strict=True))
-
-
-def best(launch: Launch, capability: int) -> Machine:
-    """Return the machine code of the first choice; it fits, and nothing spills."""
-    machine = machine_code(launch, launch.choices[0], capability)
-    assert machine.stack == machine.instructions["STL"] == machine.instructions["LDL"] == 0
-    assert machine.shared <= SHARED[capability]
-    return machine
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,7 +1,5 @@
 """What the Triton kernels of blocks become on sm_80 and sm_90: compiled here, run nowhere."""
 
-import os
-
 import pytest
 import torch
 from torch import Tensor
@@ -10,15 +8,14 @@ from apical.kernels._common.ahead_of_time import (
     SHARED,
     Launch,
     Machine,
-    machine_code,
     picked,
     recorded,
 )
 from apical.kernels.sparse_low_rank import _triton, _triton_launch
 
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"
-)
+from .machine_code import best, needs_compiler
+
+pytestmark = needs_compiler
 
 NAMES = "forward", "input", "values"
 
@@ -48,14 +45,6 @@ def launches(
         _triton.backward(out, x, a, b, values, hidden, index, layout, 0.5, [True] * 5)
     assert [launch.kernel.__name__ for launch in found] == [f"{name}_kernel" for name in NAMES]
     return dict(zip(NAMES, found, strict=True))
-
-
-def best(launch: Launch, capability: int) -> Machine:
-    """Return the machine code of the first choice; it fits, and nothing spills."""
-    machine = machine_code(launch, launch.choices[0], capability)
-    assert machine.stack == machine.instructions["STL"] == machine.instructions["LDL"] == 0
-    assert machine.shared <= SHARED[capability]
-    return machine
 
 
 def check_hopper(machine: Machine) -> None:

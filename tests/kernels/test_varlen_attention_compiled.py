@@ -1,6 +1,5 @@
 """What the Triton forward kernel becomes on sm_80 and sm_90: compiled here, run nowhere."""
 
-import os
 from typing import Any
 
 import pytest
@@ -18,9 +17,9 @@ from apical.kernels.varlen_attention import _triton_forward
 from apical.kernels.varlen_attention._layout import PackedLayout
 from apical.kernels.varlen_attention._rules import UNBOUNDED, Rules
 
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"
-)
+from .machine_code import needs_compiler
+
+pytestmark = needs_compiler
 
 PLAIN = Rules(None, None, None, None, 0.125, UNBOUNDED, UNBOUNDED, UNBOUNDED, "none", 0.0, 0.0, 0.0)
 CAUSAL = PLAIN._replace(right=0)

@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from apical.kernels._common.triton_tiles import fits_tma
 from apical.kernels.varlen_attention import _triton, _triton_forward
 from apical.kernels.varlen_attention._layout import PackedLayout
 from apical.kernels.varlen_attention._rules import UNBOUNDED, Rules
-from apical.kernels.varlen_attention._triton_launch import Configuration, fits_tma
+from apical.kernels.varlen_attention._triton_launch import Configuration
 
 pytestmark = [
     pytest.mark.interpreter,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .._dense import weight_of
+from ._weight import DenseWeight
 
 Layer = TypeVar("Layer", bound="StructuredLinear")
 
@@ -16,11 +17,14 @@ class StructuredLinear(nn.Module):
     """y = x W^T + bias, with a weight W (n, m) = (out_features, in_features) of some structure.
 
     A layer adds its parameters, `reset_parameters`, `forward`, `dense_weight`, `flops` and, to
-    `settings`, its own arguments. There is no `weight`: a model that reads that of a layer by
-    itself cannot have the layer replaced.
+    `settings`, its own arguments. A model that reads `weight` by itself gets a `DenseWeight`.
     """
 
     bias: nn.Parameter | None
+    # its name in the model that it was made for
+    path: str = ""
+    # whether a model may compute with `weight` by itself
+    readable: bool = True
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -48,7 +52,17 @@ class StructuredLinear(nn.Module):
 
     @torch.no_grad()
     def to_dense(self) -> nn.Linear:
-        """Return an nn.Linear with the same weight and bias, in storage of its own."""
+        """Return an nn.Linear with the same weight and bias, in storage of its own.
+
+        Raises:
+            ValueError: the layer is sharded, or is no matrix.
+        """
+        for parameter in self.parameters():
+            if type(parameter) is not nn.Parameter:
+                raise ValueError(
+                    f"{self.path or type(self).__name__} is sharded, as {type(parameter).__name__}"
+                    "; load its full state dict into an unsharded model, and make that dense"
+                )
         weight = self.dense_weight()
         with torch.device("meta"):
             linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
@@ -64,11 +78,12 @@ class StructuredLinear(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight":
-            raise AttributeError(
-                f"{type(self).__name__} stores no dense weight, and the model reads that of this "
-                "layer by itself; exclude the layer from sparsify"
-            )
+            # what is not used of it is not in the graph
+            return self._traced_weight() if torch.compiler.is_compiling() else DenseWeight(self)
         return super().__getattr__(name)
+
+    def _traced_weight(self) -> Tensor:
+        return self.dense_weight()
 
     def _take_from(self, linear: nn.Module) -> None:
         """Take bias, requires_grad and training mode of the dense layer that this one replaces."""

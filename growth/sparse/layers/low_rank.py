@@ -64,6 +64,7 @@ class LowRankLinear(StructuredLinear):
         self.rank = pela_rank(in_features, out_features) if rank is None else rank
         check_rank(self.rank, in_features, out_features)
         self.activation = activation
+        self.readable = activation is None
         self.a = nn.Parameter(torch.empty(self.rank, in_features, device=device, dtype=dtype))
         self.b = nn.Parameter(torch.empty(out_features, self.rank, device=device, dtype=dtype))
         empty = torch.empty(out_features, device=device, dtype=dtype) if bias else None
@@ -153,3 +154,9 @@ class LowRankLinear(StructuredLinear):
             )
         wide = torch.promote_types(self.a.dtype, torch.float32)
         return (self.b.to(wide) @ self.a.to(wide)).to(self.a.dtype)
+
+    def _traced_weight(self) -> Tensor:
+        if self.activation is None:
+            return self.dense_weight()
+        # models that ask for the type alone can be compiled; what else they ask has no answer
+        return self.a.new_full((self.out_features, self.in_features), math.nan)

@@ -48,6 +48,8 @@ class MaskedLinear(StructuredLinear):
     """
 
     mask: Tensor
+    # a gradient is masked in the layer's own product
+    readable = False
 
     def __init__(
         self,
@@ -150,7 +152,7 @@ class MaskedLinear(StructuredLinear):
             )
         masked = ~self.dense_mask()
         for x in found:
-            x.masked_fill_(masked, 0)
+            x.masked_fill_(_sharded_as(x, masked), 0)
 
     @classmethod
     def from_dense(
@@ -258,7 +260,7 @@ class MaskedLinear(StructuredLinear):
 
     def _store(self, mask: Tensor) -> None:
         self.mask.copy_(pack(mask))
-        self.weight.masked_fill_(~mask, 0)
+        self.weight.masked_fill_(_sharded_as(self.weight, ~mask), 0)
 
     def _check_mask(self, mask: Tensor) -> None:
         if mask.dtype != torch.bool or mask.shape != self.weight.shape:
@@ -268,6 +270,17 @@ class MaskedLinear(StructuredLinear):
             )
         if not mask.is_meta and not mask.any():
             raise ValueError("mask stores no entry; expected at least one True")
+
+
+def _sharded_as(x: Tensor, mask: Tensor) -> Tensor:
+    """Return this rank's part of a mask that all ranks have, where x is sharded (FSDP)."""
+    if not torch.distributed.is_available():
+        return mask
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(x, DTensor):
+        return mask
+    return distribute_tensor(mask, x.device_mesh, x.placements, src_data_rank=None)
 
 
 class _Masked(torch.autograd.Function):

@@ -201,6 +201,11 @@ class SparseLowRankLinear(StructuredLinear):
             weight = weight.view(-1).index_add(0, flat, self.values.to(wide)).view_as(weight)
         return weight.to(self.a.dtype)
 
+    def _traced_weight(self) -> Tensor:
+        # a graph cannot draw positions, but hold the kernel's index
+        eye = torch.eye(self.in_features, dtype=self.a.dtype, device=self.a.device)
+        return sparse_low_rank(eye, self.a, self.b, self.values, self.support, scale=self.scale).T
+
     @torch.no_grad()
     def _project(self, weight: Tensor) -> None:
         flat = self.support.flat(weight.device)

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
-from apical import LowRank, SparseLowRank, sparsify
-from apical.growth.sparse import StructuredLinear, replaced
+from apical import LowRank, Masked, SparseLowRank, sparsify
+from apical.growth.sparse import replaced
 from apical.growth.sparse.accounting import SLTRAIN, flops_per_token, index_bytes, memory
 
 
@@ -81,15 +81,6 @@ def test_kernels_hold_positions_while_they_run():
     assert index_bytes(model) < memory(model).stored / 4  # bytes: blocks have 256 entries
 
 
-class Masked(StructuredLinear):
-    """A stand-in that keeps a share of a dense layer's products, as SPDF's masks do."""
-
-    density = 1.0
-
-    def flops(self, tokens: int) -> int:
-        return round(self.density * 2 * tokens * self.in_features * self.out_features)
-
-
 @pytest.mark.parametrize(
     ("sparsity", "speed_up"),
     [(0.5, "1.665"), (0.75, "2.494")],  # the paper's 2.5 times
@@ -101,11 +92,7 @@ def test_spdfs_gpt3_xl(sparsity: float, speed_up: str):
         model = GPT2LMHeadModel(config)
     dense = flops_per_token(model, 2048)
     assert dense == 24 * 24 * 2048**2 + 4 * 2048 * 2048 * 24 + 2 * 2048 * 50257
-    for name, module in list(model.named_modules()):
-        if type(module).__name__ == "Conv1D":
-            layer = Masked(*module.get_parameter("weight").shape)
-            layer.density = 1 - sparsity
-            model.set_submodule(name, layer)
+    sparsify(model, Masked(sparsity=sparsity, init="random"))
     assert f"{dense / flops_per_token(model, 2048):.3f}" == speed_up
 
 

@@ -125,9 +125,11 @@ def test_arguments_are_refused():
     linear = nn.Linear(IN, OUT)
     with pytest.raises(ValueError, match="init is 'svd'; expected 'project' or 'random'"):
         BlockLinear.from_dense(linear, init="svd")  # pyright: ignore
-    # a model that reads the weight of a layer is told why there is none
-    with pytest.raises(AttributeError, match="BlockLinear stores no dense weight"):
-        _ = BlockLinear(IN, OUT).weight
+    # by hand it has no name, and no rule to exclude it from
+    with pytest.raises(
+        NotImplementedError, match=r"^a BlockLinear has no .* Leave the layer dense"
+    ):
+        nn.init.zeros_(BlockLinear(IN, OUT).weight)
     linear.weight.data[0, 0] = torch.nan
     with pytest.raises(ValueError, match="weight holds NaN or infinite entries"):
         BlockLinear.from_dense(linear)

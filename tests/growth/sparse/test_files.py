@@ -19,6 +19,7 @@ from apical.growth.sparse import (
     Masked,
     Monarch,
     SparseLowRank,
+    describe,
     replaced,
     sparsify,
 )
@@ -153,6 +154,28 @@ def test_transformers_alone_says_that_weights_are_missing(tiny, tmp_path):
     layers = set(replaced(model))
     assert {name.removesuffix(".weight") for name in found["missing_keys"]} == layers
     assert {name.rpartition(".")[0] for name in found["unexpected_keys"]} == layers
+
+
+def test_a_converted_part_of_a_larger_model(tiny, tokens, tmp_path):
+    model = tiny("llama-tied")
+    part = sparsify(tiny("llama-tied").model, SparseLowRank(rank=4, density=0.1))
+    model.model = part
+    model.tie_weights()
+    model.save_pretrained(tmp_path / "without")
+    with pytest.raises(ValueError, match=r"describe\(model\) if a part was converted alone"):
+        apical.load(tmp_path / "without")
+    assert describe(model) is model
+    model.save_pretrained(tmp_path / "with")
+    loaded = apical.load(tmp_path / "with")
+    assert torch.equal(logits(loaded, tokens), logits(model, tokens))
+    (rule,) = loaded.config.apical["sparse"]["rules"]
+    assert rule["kind"] == "SparseLowRank"
+    assert set(replaced(loaded)) == {f"model.{name}" for name in replaced(part)}
+
+
+def test_a_larger_model_without_converted_parts_is_not_described(tiny):
+    with pytest.raises(ValueError, match="LlamaForCausalLM with 0 replaced layers; expected"):
+        describe(tiny("llama-tied"))
 
 
 def edit(directory, change):
