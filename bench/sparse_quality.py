@@ -1,8 +1,8 @@
 """Does the support matter? One small Llama per kind of weight and seed, trained on the same text.
 
-`python bench/sparse_quality.py [--seeds 3] [--tokens N]` trains every kind with every seed through
-the recipe's own trainer and writes the held-out losses, with their spread and the differences
-between kinds that saw the same data, to bench/results/.
+`python bench/sparse_quality.py [--seeds 3] [--tokens N] [--peaks LR ...]` trains every kind with
+every seed and learning rate through the recipe's own trainer and writes the held-out losses, with
+their spread and the differences between kinds that saw the same data, to bench/results/.
 """
 
 import argparse
@@ -78,7 +78,7 @@ def recipe(sparsity: dict[str, Any] | None, *, seed: int, tokens: int, peak: flo
     }
 
 
-def run_one(name: str, data: dict, seed: int) -> dict[str, Any]:
+def run_one(name: str, data: dict, seed: int, peak: float) -> dict[str, Any]:
     """Train one model; return its held-out loss and what it has."""
     from apical.growth.train.recipe.schema import Recipe
     from apical.growth.train.results.metrics import read_metrics
@@ -93,6 +93,7 @@ def run_one(name: str, data: dict, seed: int) -> dict[str, Any]:
     return {
         "kind": name,
         "seed": seed,
+        "peak": peak,
         "loss": last["loss/prose"],
         "parameters": parameters,
         "flops": last["flops"],
@@ -103,19 +104,19 @@ def run_one(name: str, data: dict, seed: int) -> dict[str, Any]:
 def table(runs: list[dict[str, Any]]) -> list[str]:
     """Return the Markdown table of the runs."""
     lines = [
-        "| weights | parameters | FLOPs | held-out loss, nats per token | spread over seeds "
-        f"| minus {BASE}, same seed | its standard error |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| learning rate | weights | parameters | FLOPs | held-out loss, nats per token "
+        f"| of each seed | minus {BASE}, same seed | its standard error |",
+        "| ---: | --- | ---: | ---: | ---: | --- | ---: | ---: |",
     ]
-    base = {run["seed"]: run["loss"] for run in runs if run["kind"] == BASE}
-    for name in dict.fromkeys(run["kind"] for run in runs):
-        mine = [run for run in runs if run["kind"] == name]
+    base = {(run["peak"], run["seed"]): run["loss"] for run in runs if run["kind"] == BASE}
+    for peak, name in dict.fromkeys((run["peak"], run["kind"]) for run in runs):
+        mine = [run for run in runs if (run["peak"], run["kind"]) == (peak, name)]
         losses = [run["loss"] for run in mine]
-        apart = [run["loss"] - base[run["seed"]] for run in mine]
+        apart = [run["loss"] - base[peak, run["seed"]] for run in mine]
         error = statistics.stdev(apart) / math.sqrt(len(apart)) if len(apart) > 1 else math.nan
         lines.append(
-            f"| {name} | {mine[0]['parameters'] / 1e6:.2f} M | {mine[0]['flops']:.2e} "
-            f"| {statistics.mean(losses):.4f} | {max(losses) - min(losses):.4f} "
+            f"| {peak:g} | {name} | {mine[0]['parameters'] / 1e6:.2f} M | {mine[0]['flops']:.2e} "
+            f"| {statistics.mean(losses):.4f} | {', '.join(f'{loss:.3f}' for loss in losses)} "
             f"| {statistics.mean(apart):+.4f} | {error:.4f} |"
         )
     return lines
@@ -126,12 +127,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=1_000_000)
-    parser.add_argument("--peak", type=float, default=3e-3, help="learning rate")
+    parser.add_argument("--peaks", type=float, nargs="+", default=[3e-3, 1e-3])
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     jobs = [
-        (name, recipe(sparsity, seed=seed, tokens=options.tokens, peak=options.peak), seed)
+        (name, recipe(sparsity, seed=seed, tokens=options.tokens, peak=peak), seed, peak)
+        for peak in options.peaks
         for seed in range(options.seeds)
         for name, sparsity in kinds().items()
     ]
@@ -147,14 +149,14 @@ def write(
     path: Path, facts: dict[str, Any], runs: list[dict[str, Any]], options: argparse.Namespace
 ) -> None:
     """Write every run as JSON, and the table."""
-    data = facts | {"tokens": options.tokens, "peak": options.peak, "runs": runs}
+    data = facts | {"tokens": options.tokens, "runs": runs}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     lines = [
         "# Loss of a small Llama by the kind of its weights",
         "",
         f"{LAYERS} layers of width {WIDTH} (feed-forward {FEED_FORWARD}), vocabulary 4096, English "
-        f"prose, {options.tokens / 1e6:g} M tokens, AdamW at {options.peak:g}, {options.seeds} "
+        f"prose, {options.tokens / 1e6:g} M tokens, AdamW, {options.seeds} "
         f"seeds (weights and data order; the same data for every kind). Rank {RANK:g} of the "
         f"width, density {DENSITY:g}; low rank has as many parameters.",
         "",
@@ -162,7 +164,7 @@ def write(
         "",
         f"{facts['device']}, torch {facts['versions']['torch']}, {facts['date']}, commit "
         f"{facts['commit'][:12]}; `python bench/sparse_quality.py --seeds {options.seeds} "
-        f"--tokens {options.tokens} --peak {options.peak:g}`.",
+        f"--tokens {options.tokens} --peaks {' '.join(f'{peak:g}' for peak in options.peaks)}`.",
     ]
     path.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
