@@ -1,16 +1,19 @@
-"""Runs a plan: over one tensor, and over a live model."""
+"""Runs a plan over a live model."""
 
 import copy
-from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+import functools
+from collections.abc import Callable, Container
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from apical._extras import require
 
-from .plan import GrowthPlan, Operator, TensorSource
-from .spaces import architecture_of, check_tensors
+from .mapping import Mapper
+from .plan import GrowthPlan, Operator
+from .spaces import Architecture, architecture_of, check_tensors
+from .spaces.naming import Naming, shape_at
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -18,22 +21,30 @@ if TYPE_CHECKING:
 Model = TypeVar("Model", bound="PreTrainedModel")
 
 
-def grow(model: Model, operator: Operator) -> Model:
+def grow(
+    model: Model, operator: Operator, *, shard: Callable[[Model], object] | None = None
+) -> Model:
     """Return a new, plain transformers model of the same class, grown by an operator.
 
     The result shares no storage with `model`, which is left as it is; dtypes, devices, tied
     embeddings, `requires_grad`, training mode and generation config are kept. It is plain even if
     `apical.use_kernels` was called on `model`: call it again on the result.
 
+    A model under `fully_shard` is never gathered as a whole: all ranks call this together, and each
+    has one old and one new parameter at a time.
+
     Precision: copied weights are bit for bit the old ones.
 
     Args:
-        model: a transformers causal language model with its weights in memory.
+        model: a transformers model of any class, with its weights in memory.
         operator: for example `apical.Stack(factor=2)`.
+        shard: for a sharded model: calls `fully_shard` on the grown one and its layers, before
+            these have weights.
 
     Raises:
-        ValueError: the model is no transformers model, or its weights are not those of its family.
-        NotImplementedError: the model's family has no table in growth/spaces.py.
+        ValueError: the model is no transformers model, its weights are not those of its family, or
+            it is sharded without `shard`, or the other way round.
+        NotImplementedError: the model's family has no table in growth/spaces.
         ImportError: transformers is not installed.
 
     Source: ours.
@@ -42,44 +53,66 @@ def grow(model: Model, operator: Operator) -> Model:
     if not isinstance(model, transformers.PreTrainedModel):
         raise ValueError(f"model is a {type(model).__name__}; expected a transformers model")
     config = model.config.to_dict()
+    live = dict(model.named_parameters())
+    naming = Naming.of(architecture_of(config), live)
+    old = naming.places({name: parameter.shape for name, parameter in live.items()})
+    config = as_tied(naming.table, config, old)
     plan = operator.plan(config)
-    old = dict(model.named_parameters())
-    check_tensors(config, {name: parameter.shape for name, parameter in old.items()})
-    if any(parameter.is_meta for parameter in old.values()):
+    shapes = {whole: shape_at(place, live[place.name].shape) for whole, place in old.items()}
+    check_tensors(config, shapes, head=naming.whole_model)
+    if any(parameter.is_meta for parameter in live.values()):
         raise ValueError("model has weights on the meta device; expected all of them in memory")
-    grown = _skeleton(model, plan)
-    for name in plan.names(old):
-        source = plan.sources(name)
-        tensor = grow_tensor(source, old.__getitem__)
-        kept = old[source.terms[0][0]].requires_grad
-        _set_parameter(grown, name, nn.Parameter(tensor, requires_grad=kept))
-    if any(name not in old for name in architecture_of(config).tied):
+    if any(isinstance(parameter, DTensor) for parameter in live.values()) != (shard is not None):
+        raise ValueError(
+            "model and shard disagree: expected a function that calls fully_shard for a sharded "
+            "model, and none for one that is whole"
+        )
+    grown, mapper = _skeleton(model, plan), Mapper(plan, config)
+    if shard:
+        _without_weights(grown)
+        shard(grown)
+    there = set(plan.names(old))
+
+    # experts lie in one parameter; two layers may make one
+    @functools.lru_cache(maxsize=2)
+    def whole_parameter(name: str) -> Tensor:
+        found = live[name].detach()
+        return found.full_tensor() if isinstance(found, DTensor) else found
+
+    def make(whole: str) -> Tensor:
+        return mapper.tensor(whole, lambda name: old[name].of(whole_parameter(old[name].name)))
+
+    for name, parameter in list(grown.named_parameters(remove_duplicate=False)):
+        whole = naming.wholes(name, parameter.shape)[0][0]
+        if whole in there:
+            terms = plan.sources(whole).terms
+            kept = live[old[terms[0][0]].name].requires_grad if terms else True
+            tensor = _placed(naming.build(name, parameter.shape, make), parameter)
+            _set_parameter(grown, name, nn.Parameter(tensor, requires_grad=kept))
+    if config.get("tie_word_embeddings"):
         grown.tie_weights()
     return grown.train(model.training)
 
 
-def grow_tensor(source: TensorSource, read: Callable[[str], Tensor], *, power: int = 1) -> Tensor:
-    """Return one tensor of the grown model, in storage of its own.
+def _placed(tensor: Tensor, like: nn.Parameter) -> Tensor:
+    """Return the tensor, or this rank's shard where the parameter is sharded."""
+    if not isinstance(like, DTensor):
+        return tensor
+    # all ranks have made the same tensor
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
-    Precision: a plain copy is bit for bit; a sum is accumulated in at least float32.
 
-    Args:
-        source: what the tensor is made of.
-        read: gives an old tensor by its name.
-        power: 1 for weights and first moments, 2 to apply the squared map to second moments.
+def _without_weights(model: "PreTrainedModel") -> None:
+    for name, parameter in list(model.named_parameters()):
+        _set_parameter(model, name, nn.Parameter(parameter.detach().to("meta")))
+    if model.config.tie_word_embeddings:
+        model.tie_weights()
 
-    Source: ours.
-    """
-    (name, weight), *others = source.terms
-    first = read(name).detach()
-    if source.zero:
-        return torch.zeros_like(first, memory_format=torch.contiguous_format)
-    if weight == 1 and not others:
-        return first.clone(memory_format=torch.contiguous_format)
-    total = first.to(torch.promote_types(first.dtype, torch.float32)) * weight**power
-    for name, weight in others:
-        total += read(name).detach() * weight**power
-    return total.to(first.dtype)
+
+def as_tied(table: Architecture, config: dict[str, Any], names: Container[str]) -> dict[str, Any]:
+    """Return the config, tied only if no tied tensor stands under two names."""
+    apart = any(sum(name in names for name in group) > 1 for group in table.tied)
+    return config | ({"tie_word_embeddings": False} if apart else {})
 
 
 def _skeleton(model: Model, plan: GrowthPlan) -> Model:
@@ -92,8 +125,10 @@ def _skeleton(model: Model, plan: GrowthPlan) -> Model:
         # use_kernels belongs to one instance: let transformers choose for the new one
         config._attn_implementation = None
     with no_init_weights():
-        grown = type(model)(config)
-    grown.generation_config = copy.deepcopy(model.generation_config)
+        # in the model's own dtype: some families hold constants in buffers
+        grown = type(model)._from_config(config)
+    if model.can_generate():
+        grown.generation_config = copy.deepcopy(model.generation_config)
     devices = {name: buffer.device for name, buffer in model.named_buffers()}
     for name, buffer in grown.named_buffers():
         buffer.data = buffer.to(devices[name])

@@ -1,44 +1,19 @@
-"""Reads a safetensors checkpoint directory: its config, the headers of its files, one tensor."""
+"""Reads a safetensors checkpoint directory: its config, and where its tensors lie."""
 
+import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from apical._extras import require
 
 from .spaces import architecture_of
-
-safetensors = require("safetensors", extra="hf", what="reading a checkpoint")
+from .tensor_file import Stored, read_header
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-_INTEGERS = {"U8": torch.uint8, "I32": torch.int32, "I64": torch.int64}
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class Stored:
-    """Where a tensor lies, and what it is; read from the header of its file."""
-
-    name: str
-    file: Path
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        return self.dtype.itemsize * torch.Size(self.shape).numel()
-
-    def read(self) -> Tensor:
-        """Return the tensor; its memory is a map of the file."""
-        # opened anew for each tensor: pages of a mapped file count as memory until it is closed
-        with safetensors.safe_open(self.file, framework="pt") as file:
-            return file.get_tensor(self.name)
 
 
 def read_config(source: Path) -> dict[str, Any]:
@@ -88,7 +63,7 @@ def read_headers(source: Path, *, integers: bool = False) -> dict[str, Stored]:
     if not (source / INDEX).is_file():
         if not (source / WEIGHTS).is_file():
             raise FileNotFoundError(_no_weights(source))
-        return _read_header(source / WEIGHTS, integers=integers)
+        return read_header(source / WEIGHTS, integers=integers)
     listed = read_json(source / INDEX).get("weight_map")
     if not isinstance(listed, dict) or not listed:
         raise ValueError(f"{source / INDEX} has no weight_map; write the checkpoint again")
@@ -96,7 +71,7 @@ def read_headers(source: Path, *, integers: bool = False) -> dict[str, Stored]:
     for file in sorted(set(listed.values())):
         if not (source / file).is_file():
             raise FileNotFoundError(f"{source / file} is in the index but not in the directory")
-        stored |= _read_header(source / file, integers=integers)
+        stored |= read_header(source / file, integers=integers)
     odd = {(name, tensor.file.name) for name, tensor in stored.items()} ^ set(listed.items())
     if odd:
         name, file = min(odd)
@@ -128,17 +103,13 @@ def _no_weights(source: Path) -> str:
     return f"{source} has neither {WEIGHTS} nor {INDEX}; expected safetensors weights"
 
 
-def _read_header(path: Path, *, integers: bool) -> dict[str, Stored]:
-    accepted = _DTYPES | _INTEGERS if integers else _DTYPES
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            dtypes = {name: part.get_dtype() for name, part in slices.items()}
-            shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from None
-    for name, dtype in dtypes.items():
-        if dtype not in accepted:
-            known = ", ".join(accepted)
-            raise ValueError(f"{path} stores {name} as {dtype}; expected one of {known}")
-    return {n: Stored(n, path, shapes[n], accepted[dtypes[n]]) for n in shapes}
+def fingerprint(stored: Mapping[str, Stored], *parts: Any) -> str:
+    """Return a text that differs if the tensors, their files or `parts` (as JSON) do."""
+    files = sorted({tensor.file for tensor in stored.values()})
+    told = {
+        "tensors": [(n, t.file.name, t.start, t.shape, str(t.dtype)) for n, t in stored.items()],
+        "files": [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files],
+        "parts": parts,
+        "version": version("apical"),
+    }
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()

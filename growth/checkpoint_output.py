@@ -1,10 +1,10 @@
-"""Writes a safetensors checkpoint directory, with memory for one file of it and no more."""
+"""Writes a safetensors checkpoint directory, with memory for one tensor; goes on after a kill."""
 
 import json
 import os
-import secrets
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,9 @@ from apical._extras import require
 
 from .checkpoint_files import INDEX, WEIGHTS
 from .publish import published, require_space
+from .tensor_file import Form, Stored, write_tensors
 
-safetensors = require("safetensors", extra="hf", what="writing a checkpoint")
-safetensors_torch = require("safetensors.torch", extra="hf", what="writing a checkpoint")
-
-_COPIED = (
+COMPANIONS = (
     "*.jinja",
     "*.model",
     "*.tiktoken",
@@ -52,38 +50,48 @@ def check_output(out: Path, max_shard_bytes: int) -> None:
 
 def write_checkpoint(
     out: Path,
-    sizes: Mapping[str, int],
-    tensor: Callable[[str], Tensor],
+    forms: Mapping[str, Form],
+    tensor: Callable[[str], Tensor | Stored],
     *,
     texts: Mapping[str, str],
     beside: Path,
+    same: str,
     what: str,
     max_shard_bytes: int,
     progress: str | None,
 ) -> None:
     """Write a directory under another name and rename it when it is whole.
 
+    Files that an earlier run had finished when it was killed are kept.
+
     Args:
         out: the directory; it must not exist.
-        sizes: the bytes of every tensor, in the order in which they are written.
-        tensor: returns one of them.
+        forms: of every tensor, in the order in which they are spread over files.
+        tensor: returns one of them, or where its bytes lie.
         texts: the other files that are new, by name.
         beside: the checkpoint whose tokenizer, generation config and licence are copied.
+        same: what a killed run must have had in common with this one (`fingerprint`).
         what: it is, for messages.
         max_shard_bytes: of a file, unless one tensor alone is larger.
         progress: what a bar on stderr says is done; None for none.
 
     Raises:
-        OSError: the disk is full; what was written is removed.
+        OSError: the disk is full, or another process writes `out`; what was written is removed.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
-    require_space(out.parent, sum(sizes.values()), what=what)
-    scratch = out.with_name(f"{out.name}.tmp-{secrets.token_hex(4)}")
-    with published(out, unfinished=scratch):
-        shards = _partition(sizes, max_shard_bytes)
-        for file, names in _shown(shards, progress):
-            _write_shard(scratch / file, {name: tensor(name) for name in names})
-        _write_index(scratch, shards, sum(sizes.values()))
+    sizes = {name: form.nbytes for name, form in forms.items()}
+    shards, total = _partition(sizes, max_shard_bytes), sum(sizes.values())
+    scratch = out.with_name(f"{out.name}.unfinished")
+    same = f"{same}, files of {max_shard_bytes} bytes\n"
+    with published(out, unfinished=scratch, same=same), _counter(progress, total) as wrote:
+        kept = {name for file in shards if (scratch / file).exists() for name in shards[file]}
+        wrote(sum(sizes[name] for name in kept))
+        require_space(out.parent, sum(sizes[name] for name in forms if name not in kept), what=what)
+        for file, names in shards.items():
+            if not (scratch / file).exists():
+                part = {name: forms[name] for name in names}
+                write_tensors(scratch / file, part, tensor, wrote=wrote)
+        _write_index(scratch, shards, total)
         for name, text in texts.items():
             (scratch / name).write_text(text, encoding="utf-8")
         copy_others(beside, scratch)
@@ -96,9 +104,9 @@ def as_json(value: Mapping[str, Any]) -> str:
 
 def copy_others(source: Path, out: Path) -> None:
     """Copy what belongs to a checkpoint and has no weights: tokenizer, licence, and the like."""
-    for path in sorted({path for pattern in _COPIED for path in source.glob(pattern)}):
+    for path in sorted({path for pattern in COMPANIONS for path in source.glob(pattern)}):
         if path.is_dir():
-            shutil.copytree(path, out / path.name)
+            shutil.copytree(path, out / path.name, dirs_exist_ok=True)
         else:
             shutil.copyfile(path, out / path.name)
 
@@ -121,13 +129,6 @@ def _partition(sizes: Mapping[str, int], limit: int) -> dict[str, list[str]]:
     }
 
 
-def _write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    try:
-        safetensors_torch.save_file(tensors, path, metadata={"format": "pt"})
-    except safetensors.SafetensorError as error:
-        raise OSError(f"{path.name} could not be written: {error}") from None
-
-
 def _write_index(directory: Path, shards: Mapping[str, list[str]], total: int) -> None:
     if len(shards) > 1:
         weight_map = {name: file for file, names in shards.items() for name in names}
@@ -135,10 +136,12 @@ def _write_index(directory: Path, shards: Mapping[str, list[str]], total: int) -
         (directory / INDEX).write_text(as_json(index), encoding="utf-8")
 
 
-def _shown(
-    shards: Mapping[str, list[str]], progress: str | None
-) -> Iterable[tuple[str, list[str]]]:
+@contextmanager
+def _counter(progress: str | None, total: int) -> Iterator[Callable[[int], object]]:
+    """Give what is to be told of written bytes: a bar, or nothing."""
     if progress is None:
-        return shards.items()
+        yield lambda count: None
+        return
     tqdm = require("tqdm", extra="train", what="a progress bar")
-    return tqdm.tqdm(shards.items(), desc=progress, unit="file")
+    with tqdm.tqdm(total=total, desc=progress, unit="B", unit_scale=True) as bar:
+        yield bar.update

@@ -1,33 +1,46 @@
 """Directories that are whole or not there: written under another name, made durable, renamed."""
 
 import errno
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+_STAMP = "unfinished.txt"
+
 
 @contextmanager
-def published(path: Path, *, unfinished: Path) -> Iterator[Path]:
-    """Give an empty directory that becomes `path` if the block ends well, else is removed.
+def published(path: Path, *, unfinished: Path, same: str = "") -> Iterator[Path]:
+    """Give a directory that becomes `path` if the block ends well, else is removed.
 
     Everything in it reaches the disk before it gets its name, so that a crash leaves `path`
-    complete or not there. What an earlier, killed writer left at `unfinished` is removed.
+    complete or not there. What an earlier, killed writer left at `unfinished` is removed, or kept
+    if it was to be the same: then the directory is not empty.
 
     Args:
         path: the name to give; nothing may be there.
         unfinished: the name until then, in the same folder.
+        same: what two writers must agree in so that one goes on where the other was killed; empty:
+            none does.
+
+    Raises:
+        BlockingIOError: another process, not killed, is writing it.
     """
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    try:
-        yield unfinished
-        for part in [*unfinished.rglob("*"), unfinished]:
-            _sync(part)
-        _rename(unfinished, path)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    with _alone(unfinished):
+        if not same or _stamp(unfinished) != same:
+            _empty(unfinished)
+        try:
+            if same:
+                (unfinished / _STAMP).write_text(same, encoding="utf-8")
+            yield unfinished
+            (unfinished / _STAMP).unlink(missing_ok=True)
+            for part in [*unfinished.rglob("*"), unfinished]:
+                sync(part)
+            _rename(unfinished, path)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def require_space(directory: Path, needed: int, *, what: str) -> None:
@@ -47,6 +60,47 @@ def require_space(directory: Path, needed: int, *, what: str) -> None:
         raise OSError(errno.ENOSPC, f"{message}: free some, or choose another disk")
 
 
+def sync(path: Path) -> None:
+    """Wait until the disk has a file, or the names in a directory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Make a directory and hold it against other processes; a kill lets it go."""
+    directory.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(f"another process is writing {directory}; wait for it") from None
+        except OSError as error:
+            # some file systems have no locks
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF):
+                raise
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _stamp(directory: Path) -> str:
+    path = directory / _STAMP
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
+def _empty(directory: Path) -> None:
+    for part in directory.iterdir():
+        if part.is_dir() and not part.is_symlink():
+            shutil.rmtree(part)
+        else:
+            part.unlink()
+
+
 def _size(count: int) -> str:
     for unit, name in ((1e9, "GB"), (1e6, "MB")):
         if count >= unit:
@@ -56,12 +110,4 @@ def _size(count: int) -> str:
 
 def _rename(unfinished: Path, path: Path) -> None:
     unfinished.rename(path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(path.parent)

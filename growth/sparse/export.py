@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from apical._extras import require
 
-from ..checkpoint_files import Stored, read_headers, read_json
+from ..checkpoint_files import fingerprint, read_headers, read_json
 from ..checkpoint_output import as_json, check_output, write_checkpoint
+from ..tensor_file import Form, Stored
 from ._dense import weight_of
 from .convert import replaced
 from .files import entry_of, make_layer, model_class, replace_config, without_entry
@@ -66,8 +67,8 @@ def export_dense_checkpoint(
     """Write a converted model's directory as a stock one; return how many layers were replaced.
 
     `out` loads with plain `AutoModel.from_pretrained`. Tokenizer, generation config and licence are
-    copied. It is written under another name and renamed when it is whole. Memory: one file of
-    `out` and one layer, whatever the size of the model.
+    copied. It is written under another name and renamed when it is whole; after a kill, the same
+    call goes on. Memory: one layer, whatever the size of the model.
 
     Precision: weights are summed in at least float32 and rounded once; others are copied.
 
@@ -95,12 +96,12 @@ def export_dense_checkpoint(
     stored = read_headers(source, integers=True)
     modules = {name: _Module(name, entry["modules"][name], stored) for name in entry["modules"]}
     transposed = _transposed_of(config)
-    sizes = _sizes(stored, modules)
+    forms = _forms(stored, modules, transposed)
 
-    def tensor(name: str) -> Tensor:
+    def tensor(name: str) -> Tensor | Stored:
         owner, _, leaf = name.rpartition(".")
         if owner not in modules:
-            return stored[name].read()
+            return stored[name]
         linear = modules[owner].dense()
         if leaf == "weight" and owner in transposed:
             return linear.weight.detach().T.contiguous()
@@ -109,10 +110,11 @@ def export_dense_checkpoint(
     rest = {key: value for key, value in config.items() if key != "apical"}
     write_checkpoint(
         out,
-        sizes,
+        forms,
         tensor,
         texts={"config.json": as_json(rest)},
         beside=source,
+        same=fingerprint(stored, config),
         what="the dense checkpoint",
         max_shard_bytes=max_shard_bytes,
         progress="exporting" if progress else None,
@@ -142,11 +144,13 @@ class _Module:
         floating = [t.dtype for t in self.tensors.values() if t.dtype.is_floating_point]
         self.dtype = floating[0]
 
-    def sizes(self) -> dict[str, int]:
-        """Return the bytes of the dense layer's tensors."""
+    def forms(self, *, transposed: bool) -> dict[str, Form]:
+        """Return the shapes and dtypes of the dense layer's tensors."""
         with torch.device("meta"):
             layer = make_layer(self.name, self.arguments, device="meta", dtype=self.dtype)
-            return {name: p.nbytes for name, p in layer.to_dense().named_parameters()}
+            dense = dict(layer.to_dense().named_parameters())
+        step = -1 if transposed else 1
+        return {name: Form(tuple(p.shape)[::step], p.dtype) for name, p in dense.items()}
 
     def dense(self) -> nn.Linear:
         """Return the dense layer."""
@@ -156,16 +160,19 @@ class _Module:
         return layer.to_dense()
 
 
-def _sizes(stored: Mapping[str, Stored], modules: Mapping[str, _Module]) -> dict[str, int]:
-    """Return the bytes of all tensors of the dense model, layers where they were."""
-    sizes: dict[str, int] = {}
+def _forms(
+    stored: Mapping[str, Stored], modules: Mapping[str, _Module], transposed: set[str]
+) -> dict[str, Form]:
+    """Return the shapes and dtypes of all tensors of the dense model, layers where they were."""
+    forms: dict[str, Form] = {}
     for name, tensor in stored.items():
         owner = name.rpartition(".")[0]
         if owner not in modules:
-            sizes[name] = tensor.nbytes
-        elif f"{owner}.weight" not in sizes:
-            sizes |= {f"{owner}.{leaf}": size for leaf, size in modules[owner].sizes().items()}
-    return sizes
+            forms[name] = tensor
+        elif f"{owner}.weight" not in forms:
+            new = modules[owner].forms(transposed=owner in transposed)
+            forms |= {f"{owner}.{leaf}": form for leaf, form in new.items()}
+    return forms
 
 
 def _read_config(source: Path) -> dict[str, Any]:

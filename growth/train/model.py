@@ -134,7 +134,7 @@ def _grown_moments(
     if growth is None:
         return moments(*previous)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    return grow_optimizer(growth, moments(*previous), shapes)
+    return grow_optimizer(growth, previous[0].config.to_dict(), moments(*previous), shapes)
 
 
 def _optimizer(model: PreTrainedModel, plan: "StagePlan") -> Optimizer:

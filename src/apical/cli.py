@@ -23,6 +23,7 @@ _EXTRAS = {
     "grow": "apical[hf]",
     "sparsify": "apical[hf]",
     "export-dense": "apical[hf]",
+    "merge": "apical[hf]",
     "bench": "apical[bench]",
 }
 

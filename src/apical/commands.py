@@ -27,7 +27,6 @@ _STYLE = (
     tyro.conf.OmitArgPrefixes,
     tyro.conf.CascadeSubcommandArgs,
     tyro.conf.FlagCreatePairsOff,
-    tyro.conf.UseAppendAction,
 )
 
 
@@ -44,7 +43,7 @@ class Train:
     """
 
     recipe: Annotated[Path, arg(metavar="RECIPE")]
-    set: Annotated[tuple[str, ...], arg(metavar="KEY=VALUE")] = ()
+    set: Annotated[tuple[str, ...], arg(metavar="KEY=VALUE"), tyro.conf.UseAppendAction] = ()
     resume: bool = False
     output: Annotated[Path | None, arg(metavar="DIR")] = None
     compare: Annotated[Literal["scratch"] | None, arg(metavar="scratch")] = None
@@ -65,26 +64,41 @@ class Train:
 class Grow:
     """Make a larger checkpoint directory out of a smaller one, in bounded memory.
 
+    After a kill, the same command goes on with the files that were not finished.
+
     Args:
-        source: transformers directory with safetensors
+        source: transformers directory with safetensors, name of a model on the hub, or GGUF file
         out: directory to write; it must not exist
         operator: how to grow; `apical grow SRC OUT stack --help` lists its options
+        plan: do what a plan.yaml says, which another growth has written, instead of an operator
+        verify: compare old and new model on the first 512 tokens of a text; loads them whole
         max_shard_gb: largest file to write, in 10^9 bytes
     """
 
     source: Annotated[Path, arg(metavar="SRC")]
     out: Annotated[Path, arg(metavar="OUT")]
-    operator: Operator
+    operator: Operator | Annotated[None, subcommand("as-planned")] = None
+    plan: Annotated[Path | None, arg(metavar="YAML")] = None
+    verify: Annotated[Path | None, arg(metavar="TEXTFILE")] = None
     max_shard_gb: Annotated[float, arg(metavar="GB")] = 5.0
 
     def run(self) -> str:
-        size = shard_bytes(self.source, self.max_shard_gb)
+        if (self.operator is None) == (self.plan is None):
+            given = "both given" if self.plan else "missing"
+            raise ValueError(f"operator and --plan are {given}; expected one, such as stack")
+        size = file_bytes(self.max_shard_gb)
+        from .growth.saved_plan import SavedPlan
         from .growth.shards import grow_checkpoint
 
-        plan = grow_checkpoint(
-            self.source, self.out, self.operator, max_shard_bytes=size, progress=True
-        )
-        return f"{plan}\nwrote {self.out}"
+        probe = None
+        if self.verify:
+            from .growth.verify import Probe
+
+            probe = Probe(self.source, self.verify)
+        operator = self.operator or SavedPlan(str(self.plan))
+        plan = grow_checkpoint(self.source, self.out, operator, max_shard_bytes=size, progress=True)
+        verdict = f"\n{probe.compare(self.out, plan)}" if probe else ""
+        return f"{plan}{verdict}\nwrote {self.out}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,16 +145,107 @@ class ExportDense:
 
 
 @dataclasses.dataclass(frozen=True)
-class Info:
-    """Say which devices, versions and implementations are in use, and why.
+class PlanGrowth:
+    """Say after how many tokens to stack a model's layers, and what that saves.
+
+    By the law of Stacking Your Transformers (arXiv 2405.15319), for one of --tokens and --flops.
 
     Args:
+        params: N, parameters of the grown model (required)
+        tokens: D, that the run sees in all
+        flops: C = 6 N D, of training the grown model from scratch
+        factor: how many times deeper it is than the small one
+        small_params: of the small model; N / factor unless given
+    """
+
+    params: float | None = None
+    tokens: float | None = None
+    flops: float | None = None
+    factor: int = 4
+    small_params: float | None = None
+
+    def run(self) -> str:
+        if self.params is None:
+            raise ValueError("--params is missing; expected the grown model's, such as 7e9")
+        from .growth.growth_law import plan_growth
+
+        return str(plan_growth(**dataclasses.asdict(self)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Laws and budgets: what to do with the compute there is.
+
+    Args:
+        law: what to plan
+    """
+
+    law: Annotated[PlanGrowth, subcommand("growth")] | Annotated[None, tyro.conf.Suppress]
+
+    def run(self) -> str:
+        assert self.law
+        return self.law.run()
+
+
+@dataclasses.dataclass(frozen=True)
+class Merge:
+    """Merge checkpoint directories of one architecture into another one, in bounded memory.
+
+    Args:
+        out: directory to write; it must not exist
+        sources: transformers directories with safetensors, or names of models on the hub; of
+            task-vectors the first is the base, of ema the last is the newest
+        method: how; greedy-soup averages those that do not raise the loss on --text
+        weights: one per SRC; of task-vectors the scales (one after the base, or one for all), of
+            posterior the log-likelihoods of a text
+        decay: of ema, in [0, 1)
+        text: of greedy-soup: held-out text
+        max_shard_gb: largest file to write, in 10^9 bytes
+    """
+
+    out: Annotated[Path, arg(metavar="OUT")]
+    sources: Annotated[tuple[Path, ...], arg(metavar="SRC [SRC ...]"), tyro.conf.Positional]
+    method: Literal["average", "linear", "ema", "task-vectors", "greedy-soup", "posterior"] = (
+        "average"
+    )
+    weights: Annotated[tuple[float, ...], arg(metavar="W [W ...]")] = ()
+    decay: float | None = None
+    text: Annotated[Path | None, arg(metavar="FILE")] = None
+    max_shard_gb: Annotated[float, arg(metavar="GB")] = 5.0
+
+    def run(self) -> str:
+        if not self.sources:
+            raise ValueError("SRC is missing; expected one checkpoint directory or more after OUT")
+        size = file_bytes(self.max_shard_gb)
+        from .growth.merge import merge_checkpoints
+        from .growth.merge.named import named
+
+        method = named(self.method, weights=self.weights, decay=self.decay, text=self.text)
+        shares = merge_checkpoints(
+            self.sources, self.out, method, max_shard_bytes=size, progress=True
+        )
+        lines = [f"{share:>10.6g}  {src}" for share, src in zip(shares, self.sources, strict=True)]
+        return "\n".join([*lines, f"wrote {self.out}"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Info:
+    """Say which devices, versions and implementations are in use, or what a checkpoint is.
+
+    Args:
+        checkpoint: transformers directory with safetensors, or name of a model on the hub
         json: print it for programs
     """
 
+    checkpoint: Annotated[Path | None, arg(metavar="[SRC]"), tyro.conf.Positional] = None
     json: bool = False
 
     def run(self) -> str:
+        if self.checkpoint is not None:
+            from .growth.checkpoint_info import describe_checkpoint, format_checkpoint
+
+            found = describe_checkpoint(self.checkpoint, OPERATORS)
+            return json.dumps(found, indent=2) if self.json else format_checkpoint(found)
         from .info import collect, format_info
 
         info = collect()
@@ -173,6 +278,11 @@ def shard_bytes(source: Path, max_shard_gb: float) -> int:
             f"SRC is {source}, which is not a directory; only local checkpoint "
             "directories are supported, names on a hub are not fetched"
         )
+    return file_bytes(max_shard_gb)
+
+
+def file_bytes(max_shard_gb: float) -> int:
+    """Return the size of a file, and check it."""
     # also false for nan
     if not 1 <= max_shard_gb * 1e9 < float("inf"):
         raise ValueError(f"--max-shard-gb is {max_shard_gb:g}, expected a positive number")
@@ -197,6 +307,8 @@ class _Line(Generic[Rules]):
         | Annotated[Grow, subcommand("grow")]
         | Annotated[Rules, subcommand("sparsify")]
         | Annotated[ExportDense, subcommand("export-dense")]
+        | Annotated[Plan, subcommand("plan")]
+        | Annotated[Merge, subcommand("merge")]
         | Annotated[Info, subcommand("info")]
         | Annotated[Bench, subcommand("bench")]
     )
@@ -205,12 +317,10 @@ class _Line(Generic[Rules]):
 
 def run(arguments: list[str]) -> str:
     """Run the command that the arguments name, and return what it has to say."""
-    rules, style = Sparsify, _STYLE
+    rules = Sparsify
     if "sparsify" in arguments:
         # they need torch, which takes a second to import: not for the help of the other commands
         from .rule_commands import SparsifyBy
 
         rules = SparsifyBy
-        # an option that is a list or None cannot be given several times
-        style = tuple(marker for marker in _STYLE if marker is not tyro.conf.UseAppendAction)
-    return tyro.cli(_Line[rules], prog="apical", args=arguments, config=style).command.run()
+    return tyro.cli(_Line[rules], prog="apical", args=arguments, config=_STYLE).command.run()

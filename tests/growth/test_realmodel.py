@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import apical
-from apical.growth.operators import Stack, Zero
+from apical.growth.operators import Stack, ZeroDepth
 from apical.growth.shards import grow_checkpoint
 
 pytestmark = pytest.mark.realmodel
@@ -73,7 +73,7 @@ def test_the_checkpoint_models_english(source, ids):
 
 
 def test_zero_growth_on_disk_keeps_the_logits(source, ids, tmp_path):
-    grow_checkpoint(source, tmp_path / "zero", Zero(2), max_shard_bytes=300_000_000)
+    grow_checkpoint(source, tmp_path / "zero", ZeroDepth(2), max_shard_bytes=300_000_000)
     old, new = _evaluate(source, ids)[0], _evaluate(tmp_path / "zero", ids)[0]
     worst = (new - old).abs().max().item()
     _log.info("zero growth: max |delta logit| %.2e", worst)
@@ -95,7 +95,7 @@ def test_stack_growth_on_disk_is_the_sequence_twice(source, ids, tmp_path):
 
 
 def test_the_grown_checkpoint_generates(source, tmp_path):
-    grow_checkpoint(source, tmp_path / "zero", Zero(2))
+    grow_checkpoint(source, tmp_path / "zero", ZeroDepth(2))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "zero")
     prompt = tokenizer("The capital of France is", return_tensors="pt")
     model = _load(tmp_path / "zero")

@@ -274,7 +274,7 @@ MISTAKES = {
         "17: stages[1].model.config: missing key; needed with `from: scratch`",
     ),
     "growing from scratch": (
-        ("      from: scratch", "      grow: {zero: {}}\n      from: scratch"),
+        ("      from: scratch", "      grow: {zero-depth: {}}\n      from: scratch"),
         "9: stages[0].model.grow: there is nothing to grow from scratch; remove it",
     ),
     "moments from scratch": (
@@ -296,14 +296,14 @@ MISTAKES = {
     ),
     "option of another type": (
         ("{factor: 2}", "{factor: two}"),
-        "17: stages[1].model.grow.stack.factor: expected a whole number, got 'two'",
+        "17: stages[1].model.grow.stack.factor: expected a number, got 'two'",
     ),
     "option that the operator refuses": (
         ("{factor: 2}", "{factor: 1}"),
-        "17: stages[1].model.grow.stack: factor is 1; expected an integer of at least 2",
+        "17: stages[1].model.grow.stack: factor is 1; expected a number above 1",
     ),
     "two operators": (
-        ("{stack: {factor: 2}}", "{stack: {}, zero: {}}"),
+        ("{stack: {factor: 2}}", "{stack: {}, zero-depth: {}}"),
         "17: stages[1].model.grow: names 2 operators, expected one",
     ),
     "fraction out of range": (
@@ -529,9 +529,9 @@ def test_a_directory_with_a_broken_config(write, tmp_path):
 
 def test_growing_an_architecture_without_a_table_is_refused_at_the_start(write):
     text = TEXT.replace(
-        "{model_type: llama, hidden_size: 64, max_position_embeddings: 32}", "{model_type: gpt2}"
+        "{model_type: llama, hidden_size: 64, max_position_embeddings: 32}", "{model_type: mamba}"
     )
-    with pytest.raises(NotImplementedError, match="'gpt2' has no table"):
+    with pytest.raises(NotImplementedError, match="'mamba' has no table"):
         load_recipe(write(text))
 
 
@@ -561,14 +561,19 @@ def test_the_digest_sees_what_is_computed_and_nothing_else(write):
 def test_differences_are_named(write):
     path = write(TEXT)
     old = load_recipe(path).resolved()
-    changes = ["first.tokens=2000", "second.model.grow={zero: {}}", "log_every=3", "threads=2"]
+    changes = [
+        "first.tokens=2000",
+        "second.model.grow={zero-depth: {}}",
+        "log_every=3",
+        "threads=2",
+    ]
     new = load_recipe(path, changes).resolved()
     assert difference(old, copy.deepcopy(old)) == []
     assert difference(old, new) == [
         "threads: None -> 2",
         "stages[0].tokens: 1000 -> 2000",
         "stages[1].model.grow.stack.factor: 2 -> absent",
-        "stages[1].model.grow.zero: absent -> {}",
+        "stages[1].model.grow.zero-depth: absent -> {}",
     ]
 
 
@@ -611,7 +616,7 @@ def recipes(draw: st.DrawFn) -> dict[str, Any]:
 
     def stage(index: int, name: str) -> dict[str, Any]:
         scratch = {"from": "scratch", "config": {"model_type": "llama", "hidden_act": "silu"}}
-        grown = {"from": "previous", "grow": {"zero": {"factor": draw(st.integers(2, 9))}}}
+        grown = {"from": "previous", "grow": {"zero-depth": {"factor": draw(st.integers(2, 9))}}}
         previous = {"from": "previous", "optimizer": draw(st.sampled_from(["keep", "reset"]))}
         return {
             "name": name,
